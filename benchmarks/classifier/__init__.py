@@ -1,0 +1,6 @@
+"""The parts of ``train_classifier.py``, one idea a file.
+
+options, schedule_text: what the user asked for. data, batches, models: what is trained.
+costs: how many steps each method gets, in FLOPs. training, clock, checkpoint: one run.
+store: what stands in the output folder. table, plot: what comes out.
+"""

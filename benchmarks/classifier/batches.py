@@ -1,0 +1,158 @@
+"""From stored images to what a model is fed: order, crops, flips, normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from classifier.options import UserError
+
+if TYPE_CHECKING:
+    from classifier.data import Data
+
+
+class Images:
+    """uint8 images (N, C, H, W) and their labels, all in memory."""
+
+    # Up to this size they move to the device as a whole.
+    _ON_DEVICE = 4 * 2**30
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Images:
+        """Return the images on ``device``, or where they are if they are many."""
+        if self.images.numel() > self._ON_DEVICE:
+            return self
+        return Images(self.images.to(device), self.labels.to(device))
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels in that order; the last batch may be smaller."""
+        for part in order.to(self.labels.device).split(batch_size):
+            yield self.images[part], self.labels[part]
+
+
+class Files(Dataset):
+    """Image files and their labels, decoded each time they are asked for."""
+
+    def __init__(
+        self, samples: list[tuple[str, int]], decode: Callable[[str], Tensor], workers: int
+    ) -> None:
+        self.samples = samples
+        self.decode = decode
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.decode(path), label
+
+    def to(self, device: torch.device) -> Files:
+        """Return itself: the files stay where they are."""
+        return self
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels in that order; the last batch may be smaller."""
+        loader = DataLoader(
+            self,
+            batch_size,
+            sampler=order.tolist(),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            # Without its own, the loader would draw from the generator that dropout draws from.
+            generator=torch.Generator(),
+        )
+        try:
+            yield from loader
+        except UserError as error:
+            # From a worker it comes wrapped into the text of its traceback; the last line is it.
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(last.rpartition("UserError: ")[2]) from error
+
+
+class Batches:
+    """Batches as the model takes them: on the device, cropped, normalised.
+
+    What is random comes from the seed and the epoch alone, through a generator on the CPU: all
+    methods see the same crops in the same order, on any device, and a resumed run goes on with
+    those it would have seen.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        batch_size: int,
+        device: torch.device,
+        channels: int,
+        augment: bool,
+        channels_last: bool,
+    ) -> None:
+        self.train_set, self.test_set = data.train.to(device), data.test.to(device)
+        self.data = data
+        self.batch_size = batch_size
+        self.device = device
+        self.channels = channels  # of the model; grey images are repeated where it wants three
+        self.augment = augment
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1) * 255
+        self.std = torch.tensor(data.std, device=device).view(-1, 1, 1) * 255
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches only, so that all steps cost the same FLOPs."""
+        return len(self.train_set) // self.batch_size
+
+    def train(self, seed: int, epoch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the first ``steps`` training batches of an epoch."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train_set), generator=generator)
+        for images, labels in self.train_set.batches(
+            order[: steps * self.batch_size], self.batch_size
+        ):
+            yield self._ready(images, generator if self.augment else None), self._moved(labels)
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all test images."""
+        for images, labels in self.test_set.batches(
+            torch.arange(len(self.test_set)), 2 * self.batch_size
+        ):
+            yield self._ready(images, None), self._moved(labels)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _ready(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        images = self._moved(images)
+        if generator is None:
+            edge = (images.shape[-1] - self.data.size) // 2
+            images = images[..., edge : edge + self.data.size, edge : edge + self.data.size]
+        else:
+            images = self._cropped_and_flipped(images, generator)
+        images = ((images - self.mean) / self.std).expand(-1, self.channels, -1, -1)
+        return images.contiguous(memory_format=self.memory_format)
+
+    def _cropped_and_flipped(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        images = F.pad(images, [self.data.pad] * 4)
+        count, size = len(images), self.data.size
+        room = images.shape[-1] - size
+        corners = torch.randint(room + 1, (2, count, 1), generator=generator)
+        rows, columns = self._moved(corners + torch.arange(size))
+        if self.data.flip:
+            mirrored = self._moved(torch.rand(count, 1, generator=generator) < 0.5)
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        # One gather for the whole batch: image i, its rows, its columns.
+        which = torch.arange(count, device=self.device)[:, None, None]
+        images = images.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
+        return images.permute(0, 3, 1, 2)

@@ -1,0 +1,107 @@
+"""What a training step costs in FLOPs, and so how many steps each method gets.
+
+Counted are the convolutions, by ssprop_patch's own formula, and the matrix products (the linear
+layers, attention), by torch's counter. Element-wise work, norms and the optimizer are not: they
+are a few per cent, and the same on all sides of a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssprop_patch as ssp
+from classifier.options import METHODS, UserError
+
+
+class StepCost:
+    """FLOPs of one training step of a model, at any drop rate."""
+
+    def __init__(self, model: nn.Module, batch_shape: tuple[int, ...]) -> None:
+        self._model = model
+        # The counts are proportional to the batch; one image is the quickest to look at.
+        self._images = batch_shape[0]
+        self._one = torch.zeros((1, *batch_shape[1:]))
+        products = _matrix_products(model, batch_shape)
+        self.forward = self._images * self._summary(0.0).forward + products[0]
+        self._other_backward = products[1]
+
+    @functools.cache  # noqa: B019 -- lives as long as the program
+    def backward(self, drop_rate: float) -> int:
+        """Return the FLOPs of one backward pass at this rate."""
+        found = self._summary(drop_rate)
+        flops = found.sparse_backward if drop_rate > 0 else found.dense_backward
+        return self._images * flops + self._other_backward
+
+    def _summary(self, drop_rate: float) -> Any:
+        return ssp.summary(self._model, inputs=self._one, drop_rate=drop_rate)
+
+    def total(self, rates: Sequence[float]) -> tuple[int, int]:
+        """Return forward and backward FLOPs of a run with these drop rates, one a step."""
+        return self.forward * len(rates), sum(map(self.backward, rates))
+
+
+def _matrix_products(model: nn.Module, batch_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return forward and backward FLOPs of a step in what is not a convolution."""
+    # On the meta device nothing is computed; in training mode, since the backward is wanted.
+    model = copy.deepcopy(model).to("meta").train()
+    counts = []
+    with FlopCounterMode(display=False) as counter:
+        loss = model(torch.zeros(batch_shape, device="meta")).sum()
+        counts.append(_not_convolutions(counter))
+        loss.backward()
+        counts.append(_not_convolutions(counter))
+    return counts[0], counts[1] - counts[0]
+
+
+def _not_convolutions(counter: FlopCounterMode) -> int:
+    by_operator = counter.get_flop_counts().get("Global", {})
+    return sum(n for op, n in by_operator.items() if "convolution" not in str(op))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each method trains."""
+
+    steps: dict[str, int]
+    rates: list[float]  # the schedule's drop rate at each step of the sparse method
+
+
+def plan(cost: StepCost, schedule: Any, epochs: int, steps_per_epoch: int) -> Plan:
+    """Return the steps of each method.
+
+    The dense run of equal compute gets the number of steps whose FLOPs are nearest to the sparse
+    run's, so they differ by half a step at most.
+    """
+    steps = epochs * steps_per_epoch
+    per_t = 1 if schedule.interval == "step" else steps_per_epoch
+    rates = [schedule(step // per_t) for step in range(steps)]
+    sparse = sum(cost.total(rates))
+    equal = max(1, round(sparse / sum(cost.total([0.0]))))
+    return Plan({m: equal if METHODS[m].equal_compute else steps for m in METHODS}, rates)
+
+
+def check(model: nn.Module, batch_shape: tuple[int, ...], name: str) -> None:
+    """Try the model on one batch without computing anything.
+
+    Raises:
+        UserError: If it does not take such images or does not return one tensor of logits.
+    """
+    try:
+        out = copy.deepcopy(model).to("meta").train()(torch.zeros(batch_shape, device="meta"))
+    except Exception as error:
+        # Whatever the model's own code raises for an image that is too small, or not its size.
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        size = "x".join(map(str, batch_shape[1:]))
+        raise UserError(
+            f"--model {name} cannot be trained on images of {size}: {line}; try --image-size 224"
+        ) from error
+    if not isinstance(out, torch.Tensor) or out.ndim != 2:
+        raise UserError(f"--model {name} does not return logits, so it is not a classifier")

@@ -1,0 +1,99 @@
+"""Any timm or torchvision classifier by its name, fitted to the data."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+
+import timm
+import torchvision
+from torch import nn
+
+from classifier.options import Options, UserError
+
+SMALL_RESNET = "small-resnet"
+# Builders that must be told to leave out their auxiliary classifiers.
+_WITH_AUXILIARY = {"googlenet", "inception_v3"}
+
+
+def build(options: Options, *, classes: int, channels: int, size: int) -> tuple[nn.Module, int]:
+    """Return a fresh model for ``classes`` and the number of input channels it wants.
+
+    Raises:
+        UserError: If there is no such model, or it cannot be built that way.
+    """
+    library, name = resolve(options.model)
+    try:
+        if library == "timm":
+            kwargs = {"num_classes": classes, "in_chans": channels, "drop_rate": options.dropout}
+            if name == SMALL_RESNET:
+                name = "resnet18"
+                kwargs["channels"] = (64, 96, 128, 160)
+            model = timm.create_model(name, **kwargs)
+        else:
+            # torchvision's models take colour images only.
+            channels = 3
+            kwargs = {"num_classes": classes}
+            if name in _WITH_AUXILIARY:
+                kwargs |= {"aux_logits": False, "init_weights": True}
+            model = torchvision.models.get_model(name, weights=None, **kwargs)
+            _set_dropout(model, options.dropout)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"--model {options.model}: {error}") from error
+    if options.stem == "small" or (options.stem == "auto" and size <= 64 and _has_big_stem(model)):
+        _make_stem_small(model, options.model)
+    return model, channels
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """Return ("timm" or "torchvision", name) for ``--model``'s text."""
+    library, colon, bare = name.partition(":")
+    if not colon:
+        library, bare = "", name
+    if library not in ("", "timm", "torchvision"):
+        raise UserError(f"--model {name}: write timm:NAME, torchvision:NAME or NAME")
+    # torchvision also lists detectors and video models; these classify images.
+    vision = torchvision.models.list_models(module=torchvision.models)
+    if library != "torchvision" and (bare == SMALL_RESNET or timm.is_model(bare)):
+        return "timm", bare
+    if library != "timm" and bare in vision:
+        return "torchvision", bare
+    known = [SMALL_RESNET]
+    known += timm.list_models() if library != "torchvision" else []
+    known += vision if library != "timm" else []
+    near = difflib.get_close_matches(bare, dict.fromkeys(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
+    raise UserError(f"--model {name}: {library or 'timm and torchvision'} have no such model; {hint}")
+
+
+def _has_big_stem(model: nn.Module) -> bool:
+    """Tell a ResNet as in the paper, in timm or torchvision: 7x7 with stride 2, then max-pool."""
+    stem = getattr(model, "conv1", None)
+    return (
+        isinstance(stem, nn.Conv2d)
+        and stem.kernel_size == (7, 7)
+        and stem.stride == (2, 2)
+        and isinstance(getattr(model, "maxpool", None), nn.MaxPool2d)
+    )
+
+
+def _make_stem_small(model: nn.Module, name: str) -> None:
+    if not _has_big_stem(model):
+        raise UserError(f"--stem small: {name} has no 7x7 stem with a max-pool to replace")
+    old = model.conv1
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = new, nn.Identity()
+
+
+def _set_dropout(model: nn.Module, rate: float) -> None:
+    """Put dropout in front of a torchvision model's last linear layer, or set what it has."""
+    if rate == 0:
+        return
+    present = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    for module in present:
+        module.p = rate
+    if not present:
+        name, last = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent).register_module(leaf, nn.Sequential(nn.Dropout(rate), last))

@@ -1,0 +1,45 @@
+"""ssProp (arXiv 2408.12561) for the convolutional network you already have.
+
+``convert(model)`` gives its convolutions a sparse backward, ``revert(model)`` takes it off again.
+"""
+
+from .controller import SparsityController, get_controller
+from .convert import convert, converted, is_converted, revert
+from .flops import Summary, summary
+from .plan import Plan, plan
+from .schedules import (
+    BarSchedule,
+    ConstantSchedule,
+    CosineSchedule,
+    LambdaSchedule,
+    LinearSchedule,
+    Schedule,
+    SequentialSchedule,
+    StepSchedule,
+)
+from .temporary import dense, sparsity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BarSchedule",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "LambdaSchedule",
+    "LinearSchedule",
+    "Plan",
+    "Schedule",
+    "SequentialSchedule",
+    "SparsityController",
+    "StepSchedule",
+    "Summary",
+    "convert",
+    "converted",
+    "dense",
+    "get_controller",
+    "is_converted",
+    "plan",
+    "revert",
+    "sparsity",
+    "summary",
+]

@@ -1,0 +1,138 @@
+"""The sparse backward of a convolution: one gradient, computed in the way that fits the layer.
+
+What is computed depends on the arguments alone (DESIGN: dX, dW and db of the kept channels, zero
+rows elsewhere). How (gather and a smaller convolution, or mask and the dense kernel) is a matter
+of speed, chosen per call by :func:`choose_kernel`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .selection import ScoreFn, select_channels, selectable_channels
+
+aten = torch.ops.aten
+
+
+class ConvParams(NamedTuple):
+    """The geometry of one convolution, as ``aten.convolution`` takes it."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Mask = tuple[bool, bool, bool]
+
+
+def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) -> Grads:
+    """Return (dX, dW, db) of the ordinary convolution; None where ``mask`` is False."""
+    zeros = [0] * len(p.stride)
+    return aten.convolution_backward(
+        dy, x, w, [w.shape[0]], p.stride, p.padding, p.dilation, False, zeros, p.groups, mask
+    )
+
+
+def sparse_backward(
+    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, k: int, score_fn: ScoreFn, mask: Mask
+) -> Grads:
+    """Return (dX, dW, db) of the kept channels; None where ``mask`` is False.
+
+    Args:
+        dy: Gradient of the output, (N, C_out, *out).
+        x: Input, (N, C_in, *in).
+        w: Weight, (C_out, C_in / groups, *kernel).
+        p: Geometry.
+        k: Channels to keep of each choice; the dense gradient when that is all of them.
+        score_fn: Scores the channels of ``dy``.
+        mask: Which of dX, dW, db are needed.
+
+    Returns:
+        dX of ``x``'s shape; dW and db with rows that were not kept exactly zero. The operations
+        are differentiable, so that a double backward differentiates through the kept channels.
+    """
+    if k >= selectable_channels(w.shape[0], p.groups):
+        return dense_backward(dy, x, w, p, mask)
+    index = select_channels(dy, k, p.groups, score_fn)
+    if choose_kernel(x, w, p) == "mask":
+        return _by_mask(dy, x, w, p, index, mask)
+    return _by_gather(dy, x, w, p, index, mask)
+
+
+def choose_kernel(x: Tensor, w: Tensor, p: ConvParams) -> str:
+    """Return ``"gather"`` or ``"mask"``, whichever is the faster way to the same gradient.
+
+    Smaller grouped convolutions run slower than the whole one in the kernels at hand, and so do
+    smaller depthwise ones in channels_last: there the dense kernel on a masked gradient wins.
+    """
+    if p.groups == 1:
+        return "gather"
+    depthwise = p.groups == w.shape[0]
+    return "gather" if depthwise and not _is_channels_last(x) else "mask"
+
+
+def _by_mask(
+    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask
+) -> Grads:
+    keep = torch.zeros(w.shape[0], dtype=dy.dtype, device=dy.device).index_fill_(0, index, 1)
+    keep = keep.view(-1, *[1] * (dy.dim() - 2))
+    # where, not a product: a dropped channel may hold inf or nan, and 0 * inf is nan.
+    return dense_backward(torch.where(keep.bool(), dy, 0), x, w, p, mask)
+
+
+def _by_gather(
+    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask
+) -> Grads:
+    need_x, need_w, need_b = mask
+    dy_kept = take_channels(dy, index)
+    db = _scatter_rows(dy_kept.sum([0, *range(2, dy.dim())]), w.shape[0], index) if need_b else None
+    if not (need_x or need_w):
+        return None, None, db
+
+    depthwise = p.groups > 1 and p.groups == w.shape[0]
+    if depthwise:  # a group left out takes its input channels with it
+        per_group = x.shape[1] // p.groups
+        index_in = index
+        if per_group > 1:
+            steps = torch.arange(per_group, device=index.device)
+            index_in = (index.unsqueeze(1) * per_group + steps).flatten()
+        x_kept = take_channels(x, index_in)
+        p_kept = p._replace(groups=index.shape[0])
+    else:
+        x_kept, p_kept = x, p
+    dx, dw_kept, _ = dense_backward(
+        dy_kept, x_kept, w.index_select(0, index), p_kept, (need_x, need_w, False)
+    )
+    if depthwise and need_x:
+        dx = torch.zeros_like(x).index_copy_(1, index_in, dx)
+    dw = None
+    if need_w:
+        dw = torch.zeros_like(w).index_copy_(0, index, dw_kept)
+    return dx, dw, db
+
+
+def take_channels(t: Tensor, index: Tensor) -> Tensor:
+    """Return ``t[:, index]`` in ``t``'s own memory format.
+
+    Along the channels of a channels_last tensor ``gather`` on the (positions, channels) view is
+    several times faster than ``index_select``.
+    """
+    if not _is_channels_last(t):
+        return t.index_select(1, index)
+    last = t.movedim(1, -1)
+    rows = last.reshape(-1, t.shape[1])
+    kept = rows.gather(1, index.expand(rows.shape[0], -1))
+    return kept.view(*last.shape[:-1], index.shape[0]).movedim(-1, 1)
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+
+
+def _scatter_rows(rows: Tensor, size: int, index: Tensor) -> Tensor:
+    return rows.new_zeros(size).index_copy_(0, index, rows)

@@ -1,0 +1,306 @@
+"""The controller: one object that holds schedule, counter and current drop rate of a model.
+
+Every patched layer reads the rate from its controller, so that changing it is one write however
+many layers there are. The counter advances by itself: torch's global optimizer hook reports each
+step, and a controller counts the steps of the optimizer that holds its parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import opaque
+from ._validate import check_drop_rate
+from .iterations import IterationWatch
+from .schedules import BarSchedule, Schedule, as_schedule
+from .selection import RandomScores, ScoreFn
+
+#: The paper's recommended run: 80 % of the channels dropped in every other epoch.
+PAPER_SCHEDULE = BarSchedule(0.8, period=2)
+
+
+class _Token:
+    """One temporary rate in force; compared by identity."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+
+class SparsityController:
+    """Holds the schedule, the counter t and the current drop rate of a converted model.
+
+    Made by :func:`ssprop_patch.convert`; made by hand it can be shared by several models
+    (``convert(..., controller=c)``).
+
+    Args:
+        schedule: A schedule, a number (constant rate), or a callable t -> drop rate.
+        steps_per_epoch: Optimizer steps in one epoch, for a schedule that counts epochs: with
+            gradient accumulation fewer than the loader's batches.
+        seed: For ``selection="random"``; default ``torch.initial_seed()``.
+
+    Raises:
+        TypeError, ValueError: If an argument, or the schedule's value at t = 0, is not valid.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | float | Callable[[int], float] = PAPER_SCHEDULE,
+        *,
+        steps_per_epoch: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._schedule = as_schedule(schedule)
+        if steps_per_epoch is not None:
+            steps_per_epoch = _check_count(steps_per_epoch, "steps_per_epoch", minimum=1)
+        self._steps_per_epoch = steps_per_epoch
+        self._t = 0
+        self._steps = 0  # optimizer steps since t last advanced
+        self._by_hand = False  # somebody called step(): the optimizer hook stands back
+        self._warned = False
+        self.random_scores = RandomScores(seed)
+        self._temporary: list[_Token] = []
+        self._set_rate(self._schedule(0))
+        self.watch = IterationWatch(self._on_iteration)
+
+    # --- the rate -----------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule; to change it, convert again."""
+        return self._schedule
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps in one epoch, or None."""
+        return self._steps_per_epoch
+
+    @property
+    def t(self) -> int:
+        """The counter that the schedule is asked with: epochs or optimizer steps."""
+        return self._t
+
+    @property
+    def drop_rate(self) -> float:
+        """The drop rate in force: of the innermost context manager, else the last one set.
+
+        Setting it holds until t next advances; inside a context manager it shows once that ends.
+        """
+        return self._drop_rate
+
+    @drop_rate.setter
+    def drop_rate(self, value: float) -> None:
+        self._set_rate(check_drop_rate(value))
+
+    def _set_rate(self, rate: float) -> None:
+        self._scheduled_rate = rate
+        self._refresh()
+
+    def _refresh(self) -> None:
+        in_force = self._temporary[-1].rate if self._temporary else self._scheduled_rate
+        self._drop_rate = in_force
+        # A bool of its own: torch.compile guards on what it reads, and on this twice at most.
+        self.sparse = in_force > 0.0
+
+    def push_rate(self, rate: float) -> _Token:
+        """Put a temporary rate in force; return what :meth:`pop_rate` takes to end it."""
+        self._temporary.append(token := _Token(rate))
+        self._refresh()
+        return token
+
+    def pop_rate(self, token: _Token) -> None:
+        """End a temporary rate; in any order, as generators may leave their blocks."""
+        self._temporary.remove(token)
+        self._refresh()
+
+    # --- the counter --------------------------------------------------------------------------
+
+    def step(self, t: int | None = None) -> None:
+        """Advance t by one, or set it; from then on the caller owns the count.
+
+        Args:
+            t: The new value, absolute: ``controller.step(epoch)`` at the start of an epoch. None
+                adds one.
+
+        Raises:
+            TypeError, ValueError: If ``t``, or the schedule's value there, is not valid; nothing
+                has changed then.
+        """
+        self._advance(self._t + 1 if t is None else _check_count(t, "t", minimum=0))
+        self._by_hand = True
+
+    def _advance(self, t: int) -> None:
+        rate = self._schedule(t)  # may raise: before anything changes
+        self._t, self._steps = t, 0
+        self._set_rate(rate)
+
+    def _on_iteration(self) -> None:
+        if self._by_hand:
+            return
+        if self._schedule.interval == "step":
+            self._advance(self._t + 1)
+        elif self._steps_per_epoch is None:
+            self._warn_that_epochs_are_unknown()
+        elif self._steps + 1 >= self._steps_per_epoch:
+            self._advance(self._t + 1)
+        else:
+            self._steps += 1
+
+    def _warn_that_epochs_are_unknown(self) -> None:
+        if self._warned or self._schedule.is_constant:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self._schedule!r} counts epochs, but nothing has told the controller when one "
+            f"ends: the drop rate stays at {self._drop_rate:g}. Pass "
+            "convert(..., steps_per_epoch=len(loader)), or call "
+            "ssprop_patch.get_controller(model).step(epoch) at the start of every epoch, or use "
+            "a schedule with interval='step'.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    # --- checkpoints and copies ---------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int | float | bool | str | None]:
+        """Return what :meth:`load_state_dict` needs to go on exactly here: plain scalars."""
+        return {
+            "version": 1,
+            "schedule": repr(self._schedule),
+            "steps_per_epoch": self._steps_per_epoch,
+            "t": self._t,
+            "steps": self._steps,
+            "by_hand": self._by_hand,
+            "drop_rate": self._scheduled_rate,
+            "seed": self.random_scores.seed,
+            "draws": self.random_scores.draws,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        The number of steps per epoch may differ (another batch size); the schedule may not.
+
+        Raises:
+            ValueError: If the state is not a controller's, or of another schedule; nothing has
+                changed then.
+        """
+        missing = sorted(set(self.state_dict()) - set(state))
+        if missing:
+            raise ValueError(f"not the state of a SparsityController: {missing} missing")
+        if state["version"] != 1:
+            raise ValueError(f"state of version {state['version']!r}; this package reads version 1")
+        if state["schedule"] != repr(self._schedule):
+            raise ValueError(
+                "the state belongs to another schedule: it was saved with "
+                f"{state['schedule']}, this controller has {self._schedule!r}. Convert with the "
+                "saved schedule, or start the new one without loading."
+            )
+        t = _check_count(state["t"], "t", minimum=0)
+        steps = _check_count(state["steps"], "steps", minimum=0)
+        rate = check_drop_rate(state["drop_rate"])
+        seed, draws = int(state["seed"]), _check_count(state["draws"], "draws", minimum=0)
+        self._t, self._steps, self._by_hand = t, steps, bool(state["by_hand"])
+        self.random_scores.seed, self.random_scores.draws = seed, draws
+        self._set_rate(rate)
+
+    def manual_seed(self, seed: int) -> None:
+        """Restart the sequence of ``selection="random"`` from ``seed``."""
+        self.random_scores.seed, self.random_scores.draws = int(seed), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["watch"]  # a copy watches its own layers, which add themselves
+        state["_temporary"] = []  # and is not inside the original's context managers
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._refresh()
+        self.watch = IterationWatch(self._on_iteration)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._schedule!r}, steps_per_epoch={self._steps_per_epoch}) "
+            f"at t={self._t}, drop_rate={self._drop_rate:g}"
+        )
+
+
+class Policy:
+    """What one patched layer goes by; shared by the layers of a conversion that agree on it.
+
+    Args:
+        controller: Holds the rate.
+        score_fn: Scores the channels.
+        override: This layer's own rate whenever the controller's is above 0.
+    """
+
+    def __init__(
+        self, controller: SparsityController, score_fn: ScoreFn, override: float | None = None
+    ) -> None:
+        self.controller = controller
+        self.score_fn = score_fn
+        self.override = override
+        self.handle = opaque.register(self)
+
+    @property
+    def drop_rate(self) -> float:
+        """The drop rate of this layer now."""
+        rate = self.controller._drop_rate
+        return rate if self.override is None or rate == 0.0 else self.override
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = opaque.register(self)
+
+
+# --- finding controllers ----------------------------------------------------------------------
+
+
+def find_controllers(module: nn.Module) -> list[SparsityController]:
+    """Return the controllers of all patched layers in ``module``, in order of appearance."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(module).__name__}")
+    found = {}
+    for m in module.modules():
+        policy = m.__dict__.get("_ssprop_policy")
+        if policy is not None:
+            found.setdefault(id(policy.controller), policy.controller)
+    return list(found.values())
+
+
+def get_controller(module: nn.Module) -> SparsityController:
+    """Return the controller of a converted model.
+
+    Args:
+        module: The model, a part of it, or what wraps it (DDP, ``torch.compile``, EMA).
+
+    Raises:
+        ValueError: If nothing in it is converted, or its parts have different controllers.
+    """
+    found = find_controllers(module)
+    if not found:
+        raise ValueError(
+            f"this {type(module).__name__} is not converted: call ssprop_patch.convert(model) first"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"this {type(module).__name__} holds {len(found)} controllers; ask with one of its "
+            "converted parts, or convert them with one controller=..."
+        )
+    return found[0]
+
+
+def _check_count(value: Any, what: str, minimum: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an int >= {minimum}, got {value!r}")
+    count = value.__index__()
+    if count < minimum:
+        raise ValueError(f"{what} must be >= {minimum}, got {count}")
+    return count

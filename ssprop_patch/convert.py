@@ -1,0 +1,180 @@
+"""convert, revert and converted: put the sparse backward on a model and take it off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils._contextlib import _DecoratorContextManager
+
+from .controller import PAPER_SCHEDULE, Policy, SparsityController
+from .modules import PatchedConv, original_class, patched_class
+from .plan import FilterFn, Plan, plan
+from .schedules import Schedule
+from .selection import Selection, resolve_selection
+
+
+def convert(
+    model: nn.Module,
+    schedule: Schedule | float | Callable[[int], float] = PAPER_SCHEDULE,
+    *,
+    steps_per_epoch: int | None = None,
+    filter_fn: FilterFn | None = None,
+    exclude: str | Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    selection: Selection = "l1",
+    controller: SparsityController | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Give every Conv1d, Conv2d and Conv3d of ``model`` a sparse backward, in place.
+
+    Parameters, buffers, hooks, optimizer references and ``state_dict`` keys stay; the forward is
+    bit-identical. Converting again is converting once with the new arguments.
+
+    Args:
+        model: Any module; a single convolution, a compiled or a wrapped model too.
+        schedule: A schedule, a number (constant rate), or a callable t -> drop rate. Default: the
+            paper's, 80 % of the channels dropped in every other epoch (arXiv 2408.12561).
+        steps_per_epoch: Optimizer steps in one epoch, for a schedule that counts epochs
+            (``len(loader)``; with gradient accumulation accordingly fewer). Without it call
+            ``get_controller(model).step(epoch)`` at the start of every epoch.
+        filter_fn: ``filter_fn(module, name) -> bool``: False leaves a convolution dense.
+        exclude: Patterns of convolutions to leave dense, see :func:`ssprop_patch.plan`.
+        overrides: ``{pattern: rate}``: rates of their own for some layers, in force whenever the
+            controller's rate is above 0.
+        selection: How channels are scored: ``"l1"`` (the paper), ``"l2"``, ``"random"``, or a
+            callable that takes dy, shape (N, C_out, *spatial), and returns (C_out,) scores.
+        controller: Share an existing one, in place of ``schedule`` and ``steps_per_epoch``.
+        strict: Whether a model in which nothing can be converted is an error or a warning.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a rate, a pattern or a schedule is not valid, if nothing can be converted
+            (under ``strict``), or a layer cannot be (lazy, or wrapped after an earlier
+            conversion). Nothing has changed then.
+    """
+    todo = plan(model, filter_fn=filter_fn, exclude=exclude, overrides=overrides)
+    if todo.refused:
+        raise ValueError(_refusal("convert", todo))
+    score_fn = resolve_selection(selection)
+    if controller is None:
+        controller = SparsityController(schedule, steps_per_epoch=steps_per_epoch)
+    elif not isinstance(controller, SparsityController):
+        raise TypeError(f"controller must be a SparsityController, got {controller!r}")
+    elif schedule is not PAPER_SCHEDULE or steps_per_epoch is not None:
+        raise ValueError(
+            "schedule and steps_per_epoch belong to the controller: give them to "
+            "SparsityController(...), or leave controller out"
+        )
+    if selection == "random":
+        score_fn = controller.random_scores
+    if not todo.converted:
+        message = (
+            f"nothing to convert in this {type(model).__name__}: "
+            + (f"all its convolutions stay dense\n{todo}" if len(todo) else "no convolution in it")
+        )
+        if strict:
+            raise ValueError(message + " (strict=False makes this a warning)")
+        warnings.warn(message, stacklevel=2)
+
+    policies = {
+        rate: Policy(controller, score_fn, rate)
+        for rate in dict.fromkeys(row.drop_rate for row in todo.converted)
+    }
+    _assign({row.module: policies[row.drop_rate] for row in todo.converted}, within=model)
+    controller.watch.add_root(model)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Take the sparse backward off again; everything else stays as it is.
+
+    Args:
+        model: A converted model or a part of one. One that is not converted is left alone.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: If something was put on a layer's class after conversion (a parametrization,
+            FSDP) and has to come off first. Nothing has changed then.
+    """
+    todo = plan(model)
+    blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, PatchedConv)))
+    if blocked.rows:
+        raise ValueError(_refusal("revert", blocked))
+    _assign({}, within=model)
+    return model
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether the module itself, or anything below it, has a sparse backward."""
+    return any(isinstance(m, PatchedConv) for m in module.modules())
+
+
+class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
+    """Converted inside, reverted after: a context manager, and a decorator.
+
+    A model that was converted before gets that conversion back, on exceptions too.
+
+    Args:
+        model: As for :func:`convert`.
+        **kwargs: As for :func:`convert`.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.model, self._args, self._kwargs = model, args, kwargs
+        self._before: list[dict[nn.Module, Policy]] = []
+
+    def clone(self) -> converted:
+        """Return a fresh manager with the same arguments, for each call of a decorated function."""
+        return type(self)(self.model, *self._args, **self._kwargs)
+
+    def __enter__(self) -> nn.Module:
+        before = _policies(self.model)
+        convert(self.model, *self._args, **self._kwargs)
+        self._before.append(before)
+        return self.model
+
+    def __exit__(self, *exc_info: object) -> None:
+        revert(self.model)
+        _assign(self._before.pop(), within=self.model)
+
+
+def _policies(model: nn.Module) -> dict[nn.Module, Policy]:
+    return {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedConv)}
+
+
+def _assign(policies: Mapping[nn.Module, Policy], within: nn.Module) -> None:
+    """Make the layers in ``policies`` the patched ones of ``within``, and no others.
+
+    All or nothing: a class that refuses to be replaced leaves every layer as it was.
+    """
+    before = _policies(within)
+    done: list[tuple[nn.Module, type]] = []
+    try:
+        for module in dict.fromkeys((*before, *policies)):
+            cls = type(module)
+            plain = original_class(cls)
+            module.__class__ = patched_class(plain) if module in policies else plain
+            done.append((module, cls))
+    except BaseException:
+        for module, cls in done:
+            module.__class__ = cls
+        raise
+    for module, policy in before.items():
+        policy.controller.watch.discard_layer(module)
+        del module._ssprop_policy
+    for module, policy in policies.items():
+        module._ssprop_policy = policy
+        policy.controller.watch.add_layer(module)
+
+
+def _refusal(verb: str, refused: Plan) -> str:
+    rows = "\n".join(f"  {row.name or '(model)'}: {row.reason}" for row in refused.refused)
+    return f"cannot {verb}, and nothing was changed:\n{rows}"

@@ -1,0 +1,89 @@
+"""Counting training iterations from the outside: which optimizer steps are a model's own.
+
+torch reports every ``optimizer.step()`` of the process to one global hook. A step counts when the
+optimizer holds parameters of the layers watched, and once an iteration where several of them do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+from weakref import WeakMethod, WeakSet
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class IterationWatch:
+    """Calls back once for each training iteration of the modules it watches.
+
+    Args:
+        on_iteration: A bound method; held weakly, as are all modules and optimizers.
+    """
+
+    def __init__(self, on_iteration: Callable[[], None]) -> None:
+        self._on_iteration = WeakMethod(on_iteration)
+        self._layers: WeakSet[nn.Module] = WeakSet()
+        self._roots: WeakSet[nn.Module] = WeakSet()
+        self._owned: WeakSet[Optimizer] = WeakSet()
+        self._stepped: WeakSet[Optimizer] = WeakSet()
+        _install_hook()
+        _watches.add(self)
+
+    def add_root(self, module: nn.Module) -> None:
+        """Also count optimizers that hold any other parameter of ``module``.
+
+        Where all convolutions are frozen, the optimizer holds none of the layers' parameters.
+        """
+        self._roots.add(module)
+
+    def add_layer(self, layer: nn.Module) -> None:
+        """Watch ``layer``."""
+        self._layers.add(layer)
+
+    def discard_layer(self, layer: nn.Module) -> None:
+        """Watch ``layer`` no longer; without any layer left no step counts."""
+        self._layers.discard(layer)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Take note of one optimizer step."""
+        if self._layers and self._owns(optimizer) and self._opens_iteration(optimizer):
+            callback = self._on_iteration()
+            if callback is not None:
+                callback()
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        if optimizer in self._owned:
+            return True
+        # Looked up at the step, not at conversion: FSDP2 and others replace the parameters.
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        modules = chain(self._layers, self._roots)
+        owns = any(id(p) in held for module in modules for p in module.parameters())
+        if owns:
+            self._owned.add(optimizer)
+        return owns
+
+    def _opens_iteration(self, optimizer: Optimizer) -> bool:
+        # An iteration lasts until one of the optimizers in it steps a second time.
+        opens = optimizer in self._stepped or not self._stepped
+        if opens:
+            self._stepped = WeakSet()
+        self._stepped.add(optimizer)
+        return opens
+
+
+_watches: WeakSet[IterationWatch] = WeakSet()
+_hook: Any = None
+
+
+def _install_hook() -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in list(_watches):
+        watch.after_step(optimizer)

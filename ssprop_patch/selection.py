@@ -1,0 +1,150 @@
+"""Which output channels a sparse backward keeps: their scores, their number, their indices.
+
+Nothing here waits for the device: the number of kept channels comes from the drop rate on the
+host, the indices stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+#: Takes the gradient of a convolution's output, shape (N, C_out, *spatial), and returns one score
+#: per output channel, shape (C_out,). The channels with the largest scores are kept.
+ScoreFn = Callable[[Tensor], Tensor]
+Selection = Literal["l1", "l2", "random"] | ScoreFn
+
+
+def selectable_channels(out_channels: int, groups: int) -> int:
+    """Return how many channels one choice is made from.
+
+    All ``out_channels`` of an ordinary or a depthwise convolution; the channels of one group of a
+    grouped one, where the same number is chosen inside each group.
+    """
+    return out_channels if groups in (1, out_channels) else out_channels // groups
+
+
+def kept_channels(channels: int, drop_rate: float) -> int:
+    """Return ``k = max(1, int((1 - drop_rate) * channels + 0.5))``.
+
+    Args:
+        channels: Channels to choose from, see :func:`selectable_channels`.
+        drop_rate: Fraction of them whose gradient is dropped, in [0, 1).
+    """
+    return max(1, int((1.0 - drop_rate) * channels + 0.5))
+
+
+def _norm(dy: Tensor, order: int) -> Tensor:
+    dims = [0, *range(2, dy.dim())]
+    # Half precision would tie channels that differ (8 bits in bfloat16) and overflow in float16.
+    dtype = torch.float32 if dy.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(dy, order, dims, dtype=dtype)
+
+
+def l1_scores(dy: Tensor) -> Tensor:
+    """Sum of ``|dy|`` of each channel: the order of the mean in ssProp (arXiv 2408.12561)."""
+    return _norm(dy, 1)
+
+
+def l2_scores(dy: Tensor) -> Tensor:
+    """Euclidean norm of ``dy`` of each channel."""
+    return _norm(dy, 2)
+
+
+def random_scores(dy: Tensor) -> Tensor:
+    """Random scores from torch's default generator of the device, as dropout draws."""
+    return torch.rand(dy.shape[1], device=dy.device)
+
+
+class RandomScores:
+    """Random scores from a generator of their own: the paper's ablation, repeatable.
+
+    Each draw is a function of ``(seed, draws)`` alone, so that two integers in a checkpoint
+    continue the sequence exactly, on any device of the same kind, and torch's default generators
+    are left alone.
+
+    Args:
+        seed: Start of the sequence. Default: torch's initial seed, so that
+            ``torch.manual_seed`` before conversion makes a run repeatable.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = torch.initial_seed() if seed is None else int(seed)
+        self.draws = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, dy: Tensor) -> Tensor:
+        generator = self._generators.get(dy.device)
+        if generator is None:
+            generator = self._generators[dy.device] = torch.Generator(dy.device)
+        # An odd multiplier keeps neighbouring (seed, draws) pairs apart in the 64-bit seed space.
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + self.draws * 0xD1B54A32D192ED03) % 2**63
+        generator.manual_seed(mixed)
+        self.draws += 1
+        return torch.rand(dy.shape[1], device=dy.device, generator=generator)
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"seed": self.seed, "draws": self.draws}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state, _generators={})
+
+
+_BY_NAME: dict[str, ScoreFn] = {"l1": l1_scores, "l2": l2_scores, "random": random_scores}
+
+
+def resolve_selection(selection: Selection) -> ScoreFn:
+    """Return the function behind a ``selection`` argument.
+
+    Raises:
+        ValueError: If it is a name that does not exist.
+        TypeError: If it is neither a name nor callable.
+    """
+    if isinstance(selection, str):
+        if selection not in _BY_NAME:
+            raise ValueError(
+                f"selection must be one of {sorted(_BY_NAME)} or a callable, got {selection!r}"
+            )
+        return _BY_NAME[selection]
+    if callable(selection):
+        return selection
+    raise TypeError(
+        f"selection must be a name ({', '.join(sorted(_BY_NAME))}) or a callable that takes the "
+        f"output gradient and returns one score per channel, got {type(selection).__name__}"
+    )
+
+
+@torch.no_grad()
+def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
+    """Return the indices of the kept output channels, ascending.
+
+    Args:
+        dy: Gradient of the output, shape (N, C_out, *spatial).
+        k: Channels to keep of each choice, see :func:`selectable_channels`.
+        groups: Groups of the convolution.
+        score_fn: Gives the scores.
+
+    Returns:
+        int64, on ``dy``'s device: shape (k,), or (groups * k,) where the choice is made inside
+        each group, ordered so that the kept channels still form ``groups`` equal groups.
+
+    Raises:
+        ValueError: If ``score_fn`` does not return one score per channel.
+    """
+    channels = dy.shape[1]
+    scores = score_fn(dy.detach())
+    if not isinstance(scores, Tensor) or scores.shape != (channels,):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"selection must return one score per output channel, a tensor of shape "
+            f"({channels},) for a gradient of shape {tuple(dy.shape)}; got {got}"
+        )
+    if groups in (1, channels):
+        return scores.topk(k, sorted=False).indices.sort().values
+    per_group = channels // groups
+    index = scores.view(groups, per_group).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    offsets = torch.arange(0, channels, per_group, device=dy.device).unsqueeze(1)
+    return (index + offsets).flatten()
