@@ -1,7 +1,7 @@
 """Train a classifier dense, with ssProp, and dense at equal compute; compare cost and accuracy.
 
-    python benchmarks/train_classifier.py            # scikit-learn's digits, a small ResNet
-    python benchmarks/train_classifier.py --help
+python benchmarks/train_classifier.py            # scikit-learn's digits, a small ResNet
+python benchmarks/train_classifier.py --help
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 from classifier.options import UserError, parse
 
 
-def main() -> int:
-    """Run the command line; return the exit code."""
-    options = parse()
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line (default: the process's); return the exit code."""
+    options = parse(arguments)
     try:
         # Imported here, so that --help does not wait for torch, and Ctrl-C during it is caught.
         from classifier.benchmark import Benchmark
@@ -24,7 +24,8 @@ def main() -> int:
         benchmark.report()
         return 0
     except KeyboardInterrupt:
-        words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
+        given = sys.argv[1:] if arguments is None else arguments
+        words = [w for w in given if w not in ("--overwrite", "--resume")]
         command = shlex.join(["python", sys.argv[0], *words, "--resume"])
         return _complain(f"interrupted; to continue: {command}", 130)
     except UserError as error:

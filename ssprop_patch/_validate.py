@@ -1,9 +1,10 @@
-"""What counts as a drop rate: the one rule that every public entry point applies."""
+"""What counts as a drop rate and as a count: the rules that every public entry point applies."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 
@@ -37,4 +38,19 @@ def check_drop_rate(value: Any, what: str = "drop_rate") -> float:
         elif rate == 1.0:
             hint = " (1 would drop every channel; at least one is always kept)"
         raise ValueError(f"{what} must be in [0, 1), got {rate!r}{hint}")
-    return rate
+    return rate + 0.0  # -0.0 would show in reprs, by which schedules are compared
+
+
+def check_count(value: Any, what: str, least: int = 0) -> int:
+    """Return ``value`` as an int of at least ``least``; numpy integers are welcome, bools not.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If it is below ``least``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an integer >= {least}, got {value!r}")
+    count = operator.index(value)
+    if count < least:
+        raise ValueError(f"{what} must be an integer >= {least}, got {value!r}")
+    return count

@@ -105,15 +105,49 @@ def _by_gather(
         p_kept = p._replace(groups=index.shape[0])
     else:
         x_kept, p_kept = x, p
-    dx, dw_kept, _ = dense_backward(
-        dy_kept, x_kept, w.index_select(0, index), p_kept, (need_x, need_w, False)
-    )
+    w_kept = w.index_select(0, index)
+    if _is_pointwise(x, w, p):
+        dx, dw_kept = _pointwise_backward(dy_kept, x, w_kept, need_x, need_w)
+    else:
+        needed = (need_x, need_w, False)
+        dx, dw_kept, _ = dense_backward(dy_kept, x_kept, w_kept, p_kept, needed)
     if depthwise and need_x:
         dx = torch.zeros_like(x).index_copy_(1, index_in, dx)
     dw = None
     if need_w:
         dw = torch.zeros_like(w).index_copy_(0, index, dw_kept)
     return dx, dw, db
+
+
+def _is_pointwise(x: Tensor, w: Tensor, p: ConvParams) -> bool:
+    """Whether two matrix products do the same, and as exactly, as a convolution kernel."""
+    shape = (*w.shape[2:], *p.stride)
+    if p.groups > 1 or any(n != 1 for n in shape) or any(p.padding):
+        return False
+    # A batch of products is summed at last: in half precision that would round in between.
+    return _is_channels_last(x) or x.dtype in (torch.float32, torch.float64)
+
+
+def _pointwise_backward(
+    dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (dX, dW) of a 1x1 convolution as matrix products, in the memory format of ``x``."""
+    matrix = w.flatten(1)
+    dx = dw = None
+    if _is_channels_last(x):
+        last = x.movedim(1, -1)
+        rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
+        if need_x:
+            dx = (rows @ matrix).view(last.shape).movedim(-1, 1)
+        if need_w:
+            dw = rows.t() @ last.reshape(-1, x.shape[1])
+    else:
+        flat = dy.flatten(2)
+        if need_x:
+            dx = (matrix.t() @ flat).view(x.shape)
+        if need_w:
+            dw = torch.bmm(flat, x.flatten(2).transpose(1, 2)).sum(0)
+    return dx, None if dw is None else dw.view(w.shape)
 
 
 def take_channels(t: Tensor, index: Tensor) -> Tensor:

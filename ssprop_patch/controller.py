@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import opaque
-from ._validate import check_drop_rate
+from ._validate import check_count, check_drop_rate
 from .iterations import IterationWatch
 from .schedules import BarSchedule, Schedule, as_schedule
 from .selection import RandomScores, ScoreFn
@@ -55,7 +55,7 @@ class SparsityController:
     ) -> None:
         self._schedule = as_schedule(schedule)
         if steps_per_epoch is not None:
-            steps_per_epoch = _check_count(steps_per_epoch, "steps_per_epoch", minimum=1)
+            steps_per_epoch = check_count(steps_per_epoch, "steps_per_epoch", 1)
         self._steps_per_epoch = steps_per_epoch
         self._t = 0
         self._steps = 0  # optimizer steps since t last advanced
@@ -129,7 +129,7 @@ class SparsityController:
             TypeError, ValueError: If ``t``, or the schedule's value there, is not valid; nothing
                 has changed then.
         """
-        self._advance(self._t + 1 if t is None else _check_count(t, "t", minimum=0))
+        self._advance(self._t + 1 if t is None else check_count(t, "t", 0))
         self._by_hand = True
 
     def _advance(self, t: int) -> None:
@@ -199,10 +199,10 @@ class SparsityController:
                 f"{state['schedule']}, this controller has {self._schedule!r}. Convert with the "
                 "saved schedule, or start the new one without loading."
             )
-        t = _check_count(state["t"], "t", minimum=0)
-        steps = _check_count(state["steps"], "steps", minimum=0)
+        t = check_count(state["t"], "t", 0)
+        steps = check_count(state["steps"], "steps", 0)
         rate = check_drop_rate(state["drop_rate"])
-        seed, draws = int(state["seed"]), _check_count(state["draws"], "draws", minimum=0)
+        seed, draws = int(state["seed"]), check_count(state["draws"], "draws", 0)
         self._t, self._steps, self._by_hand = t, steps, bool(state["by_hand"])
         self.random_scores.seed, self.random_scores.draws = seed, draws
         self._set_rate(rate)
@@ -295,12 +295,3 @@ def get_controller(module: nn.Module) -> SparsityController:
             "converted parts, or convert them with one controller=..."
         )
     return found[0]
-
-
-def _check_count(value: Any, what: str, minimum: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what} must be an int >= {minimum}, got {value!r}")
-    count = value.__index__()
-    if count < minimum:
-        raise ValueError(f"{what} must be >= {minimum}, got {count}")
-    return count

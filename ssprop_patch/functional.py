@@ -184,35 +184,10 @@ def sparse_conv(
         )
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type):
-        # Cast where autocast would have, outside the Function, so that autograd casts back.
+        # Cast what autocast would, but outside the Function, so that autograd casts back.
         dtype = torch.get_autocast_dtype(device_type)
         input, weight = _cast(input, dtype, device_type), _cast(weight, dtype, device_type)
         bias = None if bias is None else _cast(bias, dtype, device_type)
-        with torch.autocast(device_type, enabled=False):
-            return _apply(
-                dims, input, weight, bias, stride, padding, dilation, groups, k, score_fn, handle
-            )
-    return _apply(dims, input, weight, bias, stride, padding, dilation, groups, k, score_fn, handle)
-
-
-def _cast(t: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
-    eligible = t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device_type
-    return t.to(dtype) if eligible else t
-
-
-def _apply(
-    dims: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Size,
-    padding: str | Size,
-    dilation: Size,
-    groups: int,
-    k: int,
-    score_fn: ScoreFn | None,
-    handle: int | None,
-) -> Tensor:
     unbatched = input.dim() == dims + 1
     if unbatched:
         input = input.unsqueeze(0)
@@ -225,6 +200,11 @@ def _apply(
     else:
         out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
     return out.squeeze(0) if unbatched else out
+
+
+def _cast(t: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
+    eligible = t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device_type
+    return t.to(dtype) if eligible else t
 
 
 def _ntuple(value: Size, n: int) -> tuple[int, ...]:

@@ -13,32 +13,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._validate import check_drop_rate
-
-
-def _check_int(value: Any, what: str, least: int) -> int:
-    """Return ``value`` as an int of at least ``least``; numpy integers are welcome, bools not."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what} must be an integer >= {least}, got {value!r}")
-    if operator.index(value) < least:
-        raise ValueError(f"{what} must be an integer >= {least}, got {value!r}")
-    return operator.index(value)
-
+from ._validate import check_count, check_drop_rate
 
 # What an argument must be, by its name, which means the same in every schedule.
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "drop_rate": check_drop_rate,
     "start": check_drop_rate,
     "end": check_drop_rate,
-    "period": lambda value, what: _check_int(value, what, 2),
-    "total": lambda value, what: _check_int(value, what, 1),
-    "levels": lambda value, what: None if value is None else _check_int(value, what, 2),
+    "period": lambda value, what: check_count(value, what, 2),
+    "total": lambda value, what: check_count(value, what, 1),
+    "levels": lambda value, what: None if value is None else check_count(value, what, 2),
 }
 _KEYWORD = {"period", "total", "milestones"}  # repr shows these, and what all share, by name
 
@@ -49,7 +38,7 @@ def _check_pieces(pieces: Any, milestones: Any, what: str) -> tuple[tuple[Any, .
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise TypeError(f"{name} must be a list, got {value!r} of type {type(value).__name__}")
     pieces = tuple(pieces)
-    points = tuple(_check_int(m, "each of milestones", 1) for m in milestones)
+    points = tuple(check_count(m, "each of milestones", 1) for m in milestones)
     if not pieces or len(points) != len(pieces) - 1 or list(points) != sorted(set(points)):
         raise ValueError(
             f"{what} must hold at least one, and milestones must increase and be one fewer (where "
@@ -97,7 +86,7 @@ class Schedule:
             TypeError: If t is not an integer, or the rate at t is not a number.
             ValueError: If t is negative, or the rate at t is NaN or outside [0, 1).
         """
-        value = self._rate(_check_int(t, "t", 0))
+        value = self._rate(check_count(t, "t", 0))
         # Named only on failure: a repr on each step would cost more than the schedule itself.
         if not (isinstance(value, float) and 0.0 <= value < 1.0):
             value = check_drop_rate(value, f"the drop rate of {self!r} at t={t}")
@@ -113,7 +102,7 @@ class Schedule:
 
     def average(self, total: int) -> float:
         """Return the mean of D over t = 0, ..., total - 1 (total >= 1, in the interval's unit)."""
-        total = _check_int(total, "total", 1)
+        total = check_count(total, "total", 1)
         return self(0) if self.is_constant else math.fsum(map(self, range(total))) / total
 
     def __repr__(self) -> str:

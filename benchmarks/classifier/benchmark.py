@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +33,8 @@ class Benchmark:
         self.device = _device(options.device)
         self.schedule = parse_schedule(options.schedule)
         models.resolve(options.model)
-        self.data = data.load(options)
+        with self.console.status("reading the images"):
+            self.data = data.load(options)
         model, self.channels = self._build_with_channels()
         self.batches = Batches(
             self.data,
@@ -82,6 +84,8 @@ class Benchmark:
         if not any(self.plan.rates) and "ssprop" in self.options.methods:
             self.console.print(f"note: {self.schedule} drops nothing in these epochs")
         todo = [run for run in self.runs() if self.store.result(run.name) is None]
+        if not todo:
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -112,8 +116,8 @@ class Benchmark:
                     highlight=False,
                 )
 
-    def _train(self, run: Run, show) -> dict:
-        clock, history, model = training.train(
+    def _train(self, run: Run, show: Callable[[int, str], None]) -> dict[str, Any]:
+        trained = training.train(
             run,
             self.options,
             self.batches,
@@ -122,9 +126,7 @@ class Benchmark:
             self.store.checkpoint(run.name),
             show,
         )
-        result = results.gather(
-            run, self.options, self.batches, self.schedule, self.cost, clock, history, model
-        )
+        result = results.gather(run, trained, self.options, self.batches, self.schedule, self.cost)
         self.store.finish(run.name, result)
         return result
 
@@ -146,4 +148,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here: {line}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whom random states and synchronisation then mean
     return device

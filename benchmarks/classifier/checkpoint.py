@@ -33,7 +33,7 @@ class RandomState:
         """Return the states of the generators of torch, of the device and of Python."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self.device.type != "cpu":
-            state["device"] = getattr(torch, self.device.type).get_rng_state()
+            state["device"] = getattr(torch, self.device.type).get_rng_state()  # the current one
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,29 +20,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssprop_patch as ssp
 from classifier.options import METHODS, UserError
+from ssprop_patch.flops import conv_flops
 
 
 class StepCost:
     """FLOPs of one training step of a model, at any drop rate."""
 
     def __init__(self, model: nn.Module, batch_shape: tuple[int, ...]) -> None:
-        self._model = model
-        # The counts are proportional to the batch; one image is the quickest to look at.
-        self._images = batch_shape[0]
-        self._one = torch.zeros((1, *batch_shape[1:]))
-        products = _matrix_products(model, batch_shape)
-        self.forward = self._images * self._summary(0.0).forward + products[0]
-        self._other_backward = products[1]
+        forward, self._other_backward = _matrix_products(model, batch_shape)
+        # At the highest rate every layer shows whether it can be sparse at all.
+        found = ssp.summary(model, input_size=batch_shape, drop_rate=0.999)
+        self._layers = found.layers
+        self.forward = found.forward + forward
 
     @functools.cache  # noqa: B019 -- lives as long as the program
     def backward(self, drop_rate: float) -> int:
-        """Return the FLOPs of one backward pass at this rate."""
-        found = self._summary(drop_rate)
-        flops = found.sparse_backward if drop_rate > 0 else found.dense_backward
-        return self._images * flops + self._other_backward
+        """Return the FLOPs of one backward pass at this rate.
 
-    def _summary(self, drop_rate: float) -> Any:
-        return ssp.summary(self._model, inputs=self._one, drop_rate=drop_rate)
+        The sum that ``ssp.summary(..., drop_rate=...)`` gives, but without tracing the model
+        again, since a schedule may have another rate at every step.
+        """
+        total = self._other_backward
+        for layer in self._layers:
+            shapes = (layer.input_shape, layer.weight_shape, layer.output_shape)
+            kept = conv_flops(*shapes, drop_rate=drop_rate).kept
+            if layer.kept == layer.channels or kept == layer.channels:
+                total += layer.dense_backward
+            else:
+                importance = 2 * layer.calls * math.prod(layer.output_shape)
+                total += layer.dense_backward // layer.channels * kept + importance
+        return total
 
     def total(self, rates: Sequence[float]) -> tuple[int, int]:
         """Return forward and backward FLOPs of a run with these drop rates, one a step."""

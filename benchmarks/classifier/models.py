@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 
 import timm
 import torchvision
@@ -11,7 +10,8 @@ from torch import nn
 
 from classifier.options import Options, UserError
 
-SMALL_RESNET = "small-resnet"
+# A ResNet of one basic block a stage, which timm can build but has no name for.
+RESNET10 = "resnet10"
 # Builders that must be told to leave out their auxiliary classifiers.
 _WITH_AUXILIARY = {"googlenet", "inception_v3"}
 
@@ -26,9 +26,9 @@ def build(options: Options, *, classes: int, channels: int, size: int) -> tuple[
     try:
         if library == "timm":
             kwargs = {"num_classes": classes, "in_chans": channels, "drop_rate": options.dropout}
-            if name == SMALL_RESNET:
+            if name == RESNET10:
                 name = "resnet18"
-                kwargs["channels"] = (64, 96, 128, 160)
+                kwargs["layers"] = (1, 1, 1, 1)
             model = timm.create_model(name, **kwargs)
         else:
             # torchvision's models take colour images only.
@@ -54,16 +54,18 @@ def resolve(name: str) -> tuple[str, str]:
         raise UserError(f"--model {name}: write timm:NAME, torchvision:NAME or NAME")
     # torchvision also lists detectors and video models; these classify images.
     vision = torchvision.models.list_models(module=torchvision.models)
-    if library != "torchvision" and (bare == SMALL_RESNET or timm.is_model(bare)):
+    if library != "torchvision" and (bare == RESNET10 or timm.is_model(bare)):
         return "timm", bare
     if library != "timm" and bare in vision:
         return "torchvision", bare
-    known = [SMALL_RESNET]
+    known = [RESNET10]
     known += timm.list_models() if library != "torchvision" else []
     known += vision if library != "timm" else []
     near = difflib.get_close_matches(bare, dict.fromkeys(known), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the names"
-    raise UserError(f"--model {name}: {library or 'timm and torchvision'} have no such model; {hint}")
+    raise UserError(
+        f"--model {name}: {library or 'timm and torchvision'} have no such model; {hint}"
+    )
 
 
 def _has_big_stem(model: nn.Module) -> bool:

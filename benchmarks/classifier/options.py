@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ METHODS = {
 }
 
 # Epochs and batch size where the user gives none. The digits are for a first look on a laptop.
-_DEFAULTS = {"digits": (12, 64)}
+_DEFAULTS = {"digits": (10, 64)}
 _OTHER_DEFAULTS = (30, 128)
-_LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3}
+_LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3}
 DATA = ("digits", "mnist", "fashionmnist", "cifar10", "cifar100", "imagefolder")
 
 
@@ -147,10 +148,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # fmt: off
     add = parser.add_argument_group("what is trained").add_argument
-    add("--model", default="small-resnet", metavar="NAME",
+    add("--model", default="resnet10", metavar="NAME",
         help="a timm or torchvision name: timm:NAME, torchvision:NAME, or NAME (timm first); "
-        "default: %(default)s, a timm ResNet with four stages of 64 to 160 channels")
+        "default: %(default)s, timm's ResNet with one block in each of its four stages")
     add("--stem", choices=("auto", "own", "small"), default="auto",
         help="small: a ResNet's 7x7 stem with stride 2 and its max-pool become one 3x3 "
         "convolution, as is usual for CIFAR; auto (default): small for a ResNet on images up "
@@ -171,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--stream", action="store_true",
         help="imagefolder: decode in each epoch, by --workers processes; default only where the "
         "decoded images would not fit into half of the free memory")
-    add("--workers", type=_number(int, 0), default=4, metavar="N", help="default: %(default)s")
+    add("--workers", type=_number(int, 0), default=min(4, os.cpu_count() or 1),
+        metavar="N", help="default: %(default)s")
 
     add = parser.add_argument_group("ssProp").add_argument
     add("--schedule", metavar="TEXT",
@@ -184,12 +187,12 @@ def _parser() -> argparse.ArgumentParser:
         help="how the kept channels are chosen (default: %(default)s, the paper's)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_COUNT, metavar="N", help="default: 12 for digits, else 30")
+    add("--epochs", type=_COUNT, metavar="N", help="default: 10 for digits, else 30")
     add("--batch-size", type=_COUNT, metavar="N", help="default: 64 for digits, else 128")
     add("--optimizer", choices=tuple(_LEARNING_RATES), default="sgd",
         help="default: %(default)s, with Nesterov momentum 0.9")
     add("--lr", type=_number(float, 0, above=True),
-        help="peak of a cosine with a short warm-up (default: 0.05 for sgd, 0.001 for others)")
+        help="peak of a cosine with a short warm-up (default: 0.1 for sgd, 0.001 for others)")
     add("--weight-decay", type=_number(float, 0), default=5e-4, metavar="X",
         help="default: %(default)s")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps, ...")
@@ -207,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue what stands in --output, if anything")
     add("--overwrite", action="store_true", help="replace what stands in --output")
     add("--traceback", action="store_true", help="show the whole traceback of an error")
+    # fmt: on
     return parser
 
 

@@ -27,7 +27,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     left, right = top.subplots(1, 2, sharey=True)
     row = results[0]["row"]
     most = max(r["row"]["total_flops"] for r in results)
-    unit, name = next((u, n) for u, n in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if most >= u or n == "G")
+    unit, name = (1e15, "P") if most >= 1e15 else (1e12, "T") if most >= 1e12 else (1e9, "G")
     methods = [m for m in METHODS if any(r["row"]["method"] == m for r in results)]
     for method in methods:
         runs = [r for r in results if r["row"]["method"] == method]
@@ -39,9 +39,12 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     left.set_ylim(*_limits(results))
     for axes in (left, right):
         axes.set_xlim(left=0)
-    seeds = len({r["row"]["seed"] for r in results})
     right.legend(loc="lower right", frameon=False)
-    figure.suptitle(f"{row['model']} on {row['data']}, {row['device_name']}, mean of {seeds} seeds")
+    seeds = len({r["row"]["seed"] for r in results})
+    over = "one seed"
+    if seeds > 1:
+        over = f"mean of {seeds} seeds, bars: sample standard deviation, thin lines: single seeds"
+    figure.suptitle(f"{row['model']} on {row['data']}, {row['device_name']}\n{over}", fontsize=11)
     _rates(bottom.subplots(), methods, results)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
@@ -55,9 +58,7 @@ def _curve(axes: Any, method: str, runs: Sequence[dict[str, Any]], x: str, scale
     for i in range(len(runs)):
         axes.plot(xs[i], ys[i], color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(xs.mean(0), ys.mean(0), color=colour, linewidth=1.5)
-    spread = (
-        {"xerr": xs[:, -1].std(ddof=1), "yerr": ys[:, -1].std(ddof=1)} if len(runs) > 1 else {}
-    )
+    spread = {"xerr": xs[:, -1].std(ddof=1), "yerr": ys[:, -1].std(ddof=1)} if len(runs) > 1 else {}
     axes.errorbar(
         xs[:, -1].mean(), ys[:, -1].mean(), **spread, color=colour, marker=marker, markersize=8,
         capsize=3, linestyle="none", label=METHODS[method].label, zorder=3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import platform
 from collections.abc import Sequence
-from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from torch import nn
 
+import ssprop_patch as ssp
 from classifier import clock as clocks
 from classifier.batches import Batches
 from classifier.checkpoint import replacing
 from classifier.costs import StepCost
 from classifier.options import Options
-from classifier.training import History, Run, fingerprint
+from classifier.training import Run, Trained, fingerprint
 
 
 def device_name(device: torch.device) -> str:
@@ -37,18 +36,17 @@ def device_name(device: torch.device) -> str:
 
 def gather(
     run: Run,
+    trained: Trained,
     options: Options,
     batches: Batches,
     schedule: Any,
     cost: StepCost,
-    clock: clocks.Clock,
-    history: History,
-    model: nn.Module,
 ) -> dict[str, Any]:
     """Return the result of a run: plain values, that JSON can hold.
 
     Its FLOPs are those of the drop rates that were in force, step by step, not of the plan.
     """
+    clock, history = trained.clock, trained.history
     forward, backward = cost.total(clock.rates)
     sparse = any(rate > 0 for rate in clock.rates)
     row: dict[str, Any] = {"method": run.method, "seed": run.seed}
@@ -72,13 +70,13 @@ def gather(
     }
     row |= clocks.summary(clock)
     row |= {
-        "weights": fingerprint(model),
+        "weights": fingerprint(trained.model),
         "device_name": device_name(batches.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
-        "ssprop_patch": metadata.version("ssprop_patch"),
+        "ssprop_patch": ssp.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

@@ -7,7 +7,6 @@ import difflib
 from typing import Any
 
 import ssprop_patch as ssp
-
 from classifier.options import UserError
 
 SCHEDULES = {

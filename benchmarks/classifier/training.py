@@ -50,6 +50,15 @@ class History:
         self.epochs = list(state["epochs"])
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of a run."""
+
+    model: nn.Module
+    clock: Clock
+    history: History
+
+
 def train(
     run: Run,
     options: Options,
@@ -58,7 +67,7 @@ def train(
     schedule: Any,
     path: Path,
     progress: Callable[[int, str], None],
-) -> tuple[Clock, History, nn.Module]:
+) -> Trained:
     """Train a model, going on from the checkpoint at ``path`` where there is one.
 
     Args:
@@ -69,9 +78,6 @@ def train(
         schedule: Of the drop rate, for a sparse method.
         path: Where the state is saved at the end of each epoch.
         progress: Called with the steps done and a line of text.
-
-    Returns:
-        The times, the epochs, and the trained model.
     """
     device = torch.device(options.device)
     _seed(run.seed)
@@ -104,8 +110,10 @@ def train(
     # Building drew as many numbers as it liked; from here all methods draw the same ones.
     _seed(run.seed)
     checkpoint.load(path, parts)
-    torch.compiler.reset()  # what was compiled for the run before would count as recompilations
-    train_model = torch.compile(model) if options.compile else model
+    train_model = model
+    if options.compile:
+        torch.compiler.reset()  # what was compiled for other runs would count as recompilations
+        train_model = torch.compile(model)
     autocast = torch.autocast(
         device.type,
         dtype=torch.float16 if options.amp == "fp16" else torch.bfloat16,
@@ -143,7 +151,7 @@ def train(
         text = f"{100 * entry['accuracy']:.1f} %"
         checkpoint.save(path, parts)
         progress(done, text)
-    return clock, history, model
+    return Trained(model, clock, history)
 
 
 @torch.no_grad()
