@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
 
 from .controller import PAPER_SCHEDULE, Policy, SparsityController
+from .iterations import Membership
 from .modules import PatchedConv, original_class, patched_class
 from .plan import FilterFn, Plan, plan
 from .schedules import Schedule
@@ -86,8 +87,9 @@ def convert(
         rate: Policy(controller, score_fn, rate)
         for rate in dict.fromkeys(row.drop_rate for row in todo.converted)
     }
-    _assign({row.module: policies[row.drop_rate] for row in todo.converted}, within=model)
-    controller.watch.add_root(model)
+    layers = {row.module: policies[row.drop_rate] for row in todo.converted}
+    roots = {model: controller} if layers else {}
+    _assign(Conversion(layers, roots), within=model)
     return model
 
 
@@ -108,7 +110,7 @@ def revert(model: nn.Module) -> nn.Module:
     blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, PatchedConv)))
     if blocked.rows:
         raise ValueError(_refusal("revert", blocked))
-    _assign({}, within=model)
+    _assign(Conversion({}, {}), within=model)
     return model
 
 
@@ -129,14 +131,14 @@ class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.model, self._args, self._kwargs = model, args, kwargs
-        self._before: list[dict[nn.Module, Policy]] = []
+        self._before: list[Conversion] = []
 
     def clone(self) -> converted:
         """Return a fresh manager with the same arguments, for each call of a decorated function."""
         return type(self)(self.model, *self._args, **self._kwargs)
 
     def __enter__(self) -> nn.Module:
-        before = _policies(self.model)
+        before = Conversion.of(self.model)
         convert(self.model, *self._args, **self._kwargs)
         self._before.append(before)
         return self.model
@@ -146,33 +148,50 @@ class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
         _assign(self._before.pop(), within=self.model)
 
 
-def _policies(model: nn.Module) -> dict[nn.Module, Policy]:
-    return {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedConv)}
+class Conversion(NamedTuple):
+    """What is converted in a model: the layers' policies, and the controllers of whole models."""
+
+    layers: Mapping[nn.Module, Policy]
+    roots: Mapping[nn.Module, SparsityController]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Conversion:
+        """Return how things stand in ``model``."""
+        layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedConv)}
+        marks = {m: vars(m).get("_ssprop_root") for m in model.modules()}
+        roots = {m: mark.controller for m, mark in marks.items() if mark is not None}
+        return cls(layers, roots)
 
 
-def _assign(policies: Mapping[nn.Module, Policy], within: nn.Module) -> None:
-    """Make the layers in ``policies`` the patched ones of ``within``, and no others.
+def _assign(after: Conversion, within: nn.Module) -> None:
+    """Make ``after`` all that is converted in ``within``.
 
     All or nothing: a class that refuses to be replaced leaves every layer as it was.
     """
-    before = _policies(within)
+    before = Conversion.of(within)
     done: list[tuple[nn.Module, type]] = []
     try:
-        for module in dict.fromkeys((*before, *policies)):
+        for module in dict.fromkeys((*before.layers, *after.layers)):
             cls = type(module)
             plain = original_class(cls)
-            module.__class__ = patched_class(plain) if module in policies else plain
+            module.__class__ = patched_class(plain) if module in after.layers else plain
             done.append((module, cls))
     except BaseException:
         for module, cls in done:
             module.__class__ = cls
         raise
-    for module, policy in before.items():
-        policy.controller.watch.discard_layer(module)
-        del module._ssprop_policy
-    for module, policy in policies.items():
-        module._ssprop_policy = policy
-        policy.controller.watch.add_layer(module)
+    # By vars(): a compiled model's setattr and getattr mean the module it wraps.
+    for module, policy in before.layers.items():
+        policy.controller.watch.discard(module)
+        del vars(module)["_ssprop_policy"], vars(module)["_ssprop_membership"]
+    for module, controller in before.roots.items():
+        controller.watch.discard(module)
+        del vars(module)["_ssprop_root"]
+    for module, policy in after.layers.items():
+        membership = Membership(module, policy.controller, is_layer=True)
+        vars(module).update(_ssprop_policy=policy, _ssprop_membership=membership)
+    for module, controller in after.roots.items():
+        vars(module)["_ssprop_root"] = Membership(module, controller, is_layer=False)
 
 
 def _refusal(verb: str, refused: Plan) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
-from weakref import WeakMethod, WeakSet
+from weakref import WeakMethod, WeakSet, ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -32,20 +32,18 @@ class IterationWatch:
         _install_hook()
         _watches.add(self)
 
-    def add_root(self, module: nn.Module) -> None:
-        """Also count optimizers that hold any other parameter of ``module``.
+    def add(self, module: nn.Module, is_layer: bool) -> None:
+        """Watch a layer; or a whole model, whose other parameters count as well.
 
         Where all convolutions are frozen, the optimizer holds none of the layers' parameters.
         """
-        self._roots.add(module)
+        (self._layers if is_layer else self._roots).add(module)
 
-    def add_layer(self, layer: nn.Module) -> None:
-        """Watch ``layer``."""
-        self._layers.add(layer)
-
-    def discard_layer(self, layer: nn.Module) -> None:
-        """Watch ``layer`` no longer; without any layer left no step counts."""
-        self._layers.discard(layer)
+    def discard(self, module: nn.Module) -> None:
+        """Watch ``module`` no longer; without any layer left no step counts."""
+        self._layers.discard(module)
+        self._roots.discard(module)
+        self._owned.clear()
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Take note of one optimizer step."""
@@ -74,6 +72,29 @@ class IterationWatch:
         return opens
 
 
+class Membership:
+    """Ties a module to the watch of its controller, and a copy of it to the copy's.
+
+    Kept as an attribute of the module. The reference back is weak, so that a model is freed as
+    soon as it is dropped, yet copies and pickles go along: whoever copies the module's attributes
+    copies this, which enters the copy of the module with the copy of the controller.
+
+    Args:
+        module: A patched layer, or the model that was converted.
+        controller: Has the ``watch``.
+        is_layer: Which of the two ``module`` is.
+    """
+
+    def __init__(self, module: nn.Module, controller: Any, is_layer: bool) -> None:
+        self._module = ref(module)
+        self.controller = controller
+        self._is_layer = is_layer
+        controller.watch.add(module, is_layer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Membership, (self._module(), self.controller, self._is_layer)
+
+
 _watches: WeakSet[IterationWatch] = WeakSet()
 _hook: Any = None
 
@@ -85,5 +106,11 @@ def _install_hook() -> None:
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    errors = []
     for watch in list(_watches):
-        watch.after_step(optimizer)
+        try:
+            watch.after_step(optimizer)
+        except Exception as error:  # one model's schedule must not keep the others from counting
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import opaque
 from .controller import Policy
 from .functional import DENSE_CONV, needs_backward, sparse_conv
 from .selection import kept_channels, selectable_channels
@@ -40,10 +39,6 @@ class PatchedConv(nn.Module):
         function, args, *rest = super().__reduce_ex__(protocol)
         plain = tuple(original_class(a) if isinstance(a, type) else a for a in args)
         return _rebuild, (function, plain), *rest
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._ssprop_policy.controller.watch.add_layer(self)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "sparse backward"]))
@@ -81,10 +76,23 @@ def patched_class(cls: type[nn.Module]) -> type[nn.Module]:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "__init__": _ordinary_init(cls),
         "_ssprop_original": cls,
         name: _readable_by_torchscript(make(cls), getattr(cls, name)),
     }
     return type(cls)(cls.__name__, (PatchedConv, cls), namespace)
+
+
+def _ordinary_init(cls: type[nn.Module]) -> Callable[..., None]:
+    """Return an ``__init__`` for code that makes a layer by ``type(layer)(...)``: a dense one."""
+
+    @functools.wraps(cls.__init__)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if is_patched_class(type(self)):
+            self.__class__ = cls
+        cls.__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def _readable_by_torchscript(method: Callable[..., Any], dense: Callable[..., Any]) -> Any:
@@ -109,10 +117,13 @@ def _stock_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     dense_forward = cls._conv_forward
     # Closure variables, not globals: see _readable_by_torchscript.
     dispatch, is_sparse, pad = _dispatch, _is_sparse, F.pad
+    proxy, keep_in_graph = torch.fx.Proxy, _keep_in_graph
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        policy = self._ssprop_policy
-        if not is_sparse(self, policy, input, weight, bias):
+        if isinstance(input, proxy):
+            return keep_in_graph(self, dense_forward, (input, weight, bias), (input,), {})
+        policy = getattr(self, "_ssprop_policy", None)
+        if policy is None or not is_sparse(self, policy, input, weight, bias):
             return dense_forward(self, input, weight, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -187,12 +198,13 @@ def _own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
 def _run_own_forward(
     module: nn.Module, dense_forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    policy = module._ssprop_policy
-    traced_by_fx = any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values()))
-    sparse = policy.controller.sparse or traced_by_fx  # a trace outlives the rate of the moment
+    if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
+        return _keep_in_graph(module, dense_forward, (*args, *kwargs.values()), args, kwargs)
+    policy = getattr(module, "_ssprop_policy", None)  # None: a bound method outlived revert
+    sparse = policy is not None and policy.controller.sparse
     if not (sparse and module.training and torch.is_grad_enabled()) or _is_capturing():
         return dense_forward(module, *args, **kwargs)
-    with _CatchConvolutions(policy) as mode:
+    with _CatchConvolutions(module) as mode:
         out = dense_forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and not mode.caught:
         warnings.warn(
@@ -207,11 +219,14 @@ class _CatchConvolutions(TorchFunctionMode):
     """Makes the convolutions that a module's own forward calls sparse.
 
     What that forward does to the weight before (standardise, scale, mask) stays in autograd.
+    Convolutions inside it, modules of their own, go by their own settings (but one that also
+    writes its own forward and is not converted looks like a part of this one).
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.policy = policy
+        self.module = module
+        self.policy = module._ssprop_policy
         self.caught = False
 
     def __torch_function__(
@@ -226,11 +241,11 @@ class _CatchConvolutions(TorchFunctionMode):
             dims = 3
         else:
             return func(*args, **kwargs)
+        weight = kwargs["weight"] if "weight" in kwargs else args[1]
+        if any(weight is p for child in self.module.children() for p in child.parameters()):
+            return func(*args, **kwargs)
         if not torch.compiler.is_compiling():  # which does not model a mode's attributes
             self.caught = True
-        if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
-            opaque.pin(self.policy)
-            return conv_by_handle(dims, self.policy.handle, *args, **kwargs)
         return _catch(dims, self.policy, *args, **kwargs)
 
 
@@ -241,9 +256,17 @@ def _catch(dims: int, policy: Policy, input: Tensor, weight: Tensor, *args: Any,
     return DENSE_CONV[dims](input, weight, *args, **kwargs)
 
 
-def conv_by_handle(dims: int, handle: int, *args: Any, **kwargs: Any) -> Tensor:
-    """Convolve as the policy behind ``handle`` says: a leaf in graphs that torch.fx traces."""
-    return _catch(dims, opaque.source(handle), *args, **kwargs)
+# --- torch.fx ---------------------------------------------------------------------------------
 
 
-torch.fx.wrap("conv_by_handle")
+def _keep_in_graph(
+    module: nn.Module, dense_forward: Callable[..., Any], dense_args: Any, args: Any, kwargs: Any
+) -> Any:
+    """Put the layer itself into a graph that torch.fx traces, as fx does with torch's own layers.
+
+    So the graph's layer goes on reading mode and rate when it runs.
+    """
+    tracer = next(a.tracer for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy))
+    if module is tracer.root:
+        return dense_forward(module, *dense_args)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)

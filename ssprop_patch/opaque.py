@@ -27,7 +27,6 @@ class RateSource(Protocol):
 
 
 _sources: WeakValueDictionary[int, RateSource] = WeakValueDictionary()
-_pinned: list[RateSource] = []
 _count = itertools.count()
 
 
@@ -36,11 +35,6 @@ def register(policy: RateSource) -> int:
     handle = next(_count)
     _sources[handle] = policy
     return handle
-
-
-def pin(policy: RateSource) -> None:
-    """Keep ``policy`` alive for good, for a traced graph that knows it by its handle only."""
-    _pinned.append(policy)
 
 
 def source(handle: int) -> RateSource:
@@ -52,8 +46,8 @@ def source(handle: int) -> RateSource:
     found = _sources.get(handle)
     if found is None:
         raise RuntimeError(
-            "compiled or traced code ran after its layers were reverted or converted again; "
-            "trace again, and run forward and backward under the same conversion"
+            "a compiled backward ran after its layers were reverted or converted again; run "
+            "forward and backward under the same conversion"
         )
     return found
 

@@ -158,9 +158,11 @@ def _judge(module: nn.Module) -> tuple[Literal["convert", "skip", "refuse"], str
         return "skip", "one output channel: nothing to choose from"
     if any(p.is_complex() for p in module.parameters()):
         return "skip", "complex weights"
-    return "convert", "own forward: its calls of F.conv are caught" if has_own_forward(
-        cls
-    ) else "stock forward"
+    if not has_own_forward(cls):
+        return "convert", "stock forward"
+    if "forward" in vars(module):
+        return "skip", "own forward, wrapped on the instance: convert before it is wrapped"
+    return "convert", "own forward: its calls of F.conv are caught"
 
 
 def _looks_like_convolution(module: nn.Module) -> bool:

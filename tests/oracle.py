@@ -117,7 +117,7 @@ class _MaskGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, choose_from):
         ctx.choose_from = choose_from
-        return y.view_as(y)
+        return y.clone()  # a view could not be changed in place, as many networks do next
 
     @staticmethod
     def backward(ctx, dy):
@@ -155,6 +155,7 @@ class _MaskConvolutions(TorchFunctionMode):
         if func not in CONV.values() or not self.inside or not self.inside[-1].training:
             return y
         groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+        batched = y.dim() == (args[1] if len(args) > 1 else kwargs["weight"]).dim()
 
         def choose_from(dy):
             choice = choose(dy, groups, self.drop_rate)
@@ -163,7 +164,9 @@ class _MaskConvolutions(TorchFunctionMode):
             self.record.gap = min(self.record.gap, choice.gap)
             return choice.keep
 
-        return _MaskGradient.apply(y, choose_from)
+        if batched:
+            return _MaskGradient.apply(y, choose_from)
+        return _MaskGradient.apply(y[None], choose_from)[0]
 
 
 @contextlib.contextmanager

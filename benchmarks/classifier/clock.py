@@ -10,8 +10,8 @@ from torch import Tensor
 
 # One step: getting the batch ready, forward with the loss, backward, the optimizer's step.
 LAPS = ("batch", "forward", "backward", "optimizer")
-# So many steps of each kind (dense, sparse) count as warm-up whenever a process begins: there
-# kernels are chosen, memory is allocated and graphs are compiled.
+# So many steps of each kind (dense, sparse), but at most half of them, count as warm-up whenever a
+# process begins: there kernels are chosen, memory is allocated and graphs are compiled.
 WARM_UP = 3
 
 
@@ -75,7 +75,8 @@ def seconds(clock: Clock) -> Tensor:
     for kind in (sparse, ~sparse):
         warming = torch.zeros(len(laps), dtype=torch.bool)
         for first, end in zip(clock.begins, [*clock.begins[1:], len(laps)], strict=True):
-            warming[first + kind[first:end].nonzero().flatten()[:WARM_UP]] = True
+            steps = first + kind[first:end].nonzero().flatten()
+            warming[steps[: min(WARM_UP, len(steps) // 2)]] = True
         if (steady := kind & ~warming).any():
             laps[warming] = laps[steady].median(0).values
     return laps

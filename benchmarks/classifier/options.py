@@ -19,14 +19,15 @@ class Method:
     """One of the ways in which the model is trained."""
 
     label: str  # in tables and plots
+    short: str  # where dense is named beside it
     sparse: bool = False  # converted by ssprop_patch
     equal_compute: bool = False  # the steps are cut to the FLOPs of the sparse method
 
 
 METHODS = {
-    "dense": Method("dense"),
-    "ssprop": Method("ssProp", sparse=True),
-    "dense-equal": Method("dense, equal compute", equal_compute=True),
+    "dense": Method("dense", "dense"),
+    "ssprop": Method("ssProp", "ssProp", sparse=True),
+    "dense-equal": Method("dense, equal compute", "equal compute", equal_compute=True),
 }
 
 # Epochs and batch size where the user gives none. The digits are for a first look on a laptop.

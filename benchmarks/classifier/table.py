@@ -19,7 +19,7 @@ def build(rows: Sequence[Row]) -> Table:
     by_method = {m: [r for r in rows if r["method"] == m] for m in METHODS}
     by_method = {m: runs for m, runs in by_method.items() if runs}
     flop, flop_unit = _unit(max(r["total_flops"] for r in rows), 1e12, "TFLOP", 1e9, "GFLOP")
-    second, second_unit = _unit(max(r["step_s"] for r in rows), 1.0, "s", 1e-3, "ms")
+    second, second_unit = _unit(max(r["step_s"] for r in rows) / 10, 1.0, "s", 1e-3, "ms")
     columns: list[tuple[str, Callable[[Row], float], str]] = [
         ("accuracy\n%", lambda r: 100 * r["accuracy"], ".2f"),
         (f"backward\n{flop_unit}", lambda r: r["backward_flops"] / flop, ".4g"),
@@ -30,7 +30,7 @@ def build(rows: Sequence[Row]) -> Table:
         ("training\ns", lambda r: r["train_s"], ".1f"),
     ]
     table = Table(title=_title(first), caption=_caption(rows), caption_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     table.add_column("epochs", justify="right")
     for name, _, _ in columns:
         table.add_column(name, justify="right")
@@ -51,7 +51,7 @@ def build(rows: Sequence[Row]) -> Table:
             spread([value(a) / value(b) for a, b in pairs], ".3f") for _, value, _ in columns[1:]
         ]
         epochs = f"{pairs[0][0]['epochs'] / pairs[0][1]['epochs']:.3f}"
-        table.add_row(f"{METHODS[method].label}\n  relative to dense", epochs, gain, *ratios)
+        table.add_row(f"{METHODS[method].short} / dense", epochs, gain, *ratios)
     return table
 
 
@@ -68,15 +68,15 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def _title(row: Row) -> str:
-    text = (
-        f"{row['model']} on {row['data']}: {row['train_images']} training images of "
-        f"{row['image_size']}x{row['image_size']}, batch {row['batch_size']}, {row['device_name']}"
+    size = f"{row['image_size']}x{row['image_size']}"
+    how = [row["device_name"]]
+    how += [f"{row['threads']} threads"] if row["device"] == "cpu" else []
+    how += [name for name in ("compile", "channels_last") if row[name]]
+    how += [row["amp"]] if row["amp"] != "off" else []
+    return (
+        f"{row['model']} on {row['data']}: {row['train_images']} training images of {size}, "
+        f"batch {row['batch_size']}\n{', '.join([*how, 'torch ' + row['torch']])}"
     )
-    if row["device"] == "cpu":
-        text += f", {row['threads']} threads"
-    extras = [name for name in ("compile", "channels_last") if row[name]]
-    extras += [row["amp"]] if row["amp"] != "off" else []
-    return ", ".join([text, *extras, f"torch {row['torch']}"])
 
 
 def _caption(rows: Sequence[Row]) -> str:
@@ -84,10 +84,11 @@ def _caption(rows: Sequence[Row]) -> str:
     over = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     schedule = next((r["schedule"] for r in rows if r["schedule"]), None)
     return (
-        f"Schedule: {schedule or 'drops nothing'}. Values: {over}; relative to dense: seed by "
-        f"seed, accuracy as a difference in points. Accuracy: after the last step, on "
-        f"{rows[0]['test_images']} test images. FLOPs: of the whole training, convolutions and "
-        f"matrix products. Times: the mean over all steps of a run, dense and sparse ones, warm-up "
-        f"counted as the median; a step is batch, forward, backward and optimizer. Training: all "
-        f"steps, without evaluation."
+        f"ssProp's schedule: {schedule or 'drops nothing'}.\n"
+        f"Values: {over}. / dense: the ratio, seed by seed; of accuracy the difference.\n"
+        f"Accuracy: after the last step, on {rows[0]['test_images']} test images.\n"
+        f"FLOPs: of the whole training, convolutions and matrix products.\n"
+        f"Times: the mean over all steps of a run, dense and sparse ones, warm-up counted as the "
+        f"median;\na step is batch, forward, backward and optimizer; training is all steps, "
+        f"without evaluation."
     )

@@ -1,0 +1,447 @@
+"""Under torch.compile: no graph breaks, two graphs for any schedule, the gradients of eager."""
+
+import copy
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import oracle
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ssprop_patch as ssp
+from ssprop_patch import functional
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+# Inductor writes C++ and needs what compiles it; aot_eager traces all the same.
+CAN_BUILD = shutil.which(os.environ.get("CXX", "g++")) and Path(
+    sysconfig.get_path("include"), "Python.h"
+).exists()
+INDUCTOR = "inductor" if CAN_BUILD else "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class WSConv2d(nn.Conv2d):
+    """A forward of its own: the weight is standardised, then convolved with."""
+
+    def forward(self, x):
+        mean, std = self.weight.mean((1, 2, 3), True), self.weight.std((1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / (std + 1e-5)
+        return F.conv2d(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class Net(nn.Module):
+    """One of each: with bias and batch norm, 'same', grouped, depthwise, own forward, reused."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.same = nn.Conv2d(16, 16, 2, padding="same", padding_mode="circular")
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.own = WSConv2d(16, 16, 3, padding=1)
+        self.twice = nn.Conv2d(16, 16, 1)
+        self.one = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = self.depthwise(self.grouped(self.same(x))).tanh()
+        x = self.twice(self.twice(self.own(x)).tanh())
+        gate = self.one(x.mean((2, 3))[:, None])[:, 0]
+        return x * gate.sigmoid()[:, :, None, None]
+
+
+def net(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def images(batch=2, size=8, dtype=torch.float64):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def step(call, model, x=None):
+    """Output and gradients of one call; batch norm's statistics are put back."""
+    buffers = [b.clone() for b in model.buffers()]
+    model.zero_grad(set_to_none=True)
+    y = call(images() if x is None else x)
+    y.square().sum().backward()
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+    return [y.detach(), *(p.grad for p in model.parameters())]
+
+
+def assert_same(compiled, eager, rtol=1e-12):
+    for one, two in zip(compiled, eager, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            assert one.dtype == two.dtype
+            torch.testing.assert_close(one, two, rtol=rtol, atol=rtol)
+
+
+def assert_as_eager(call, model, x=None, rtol=1e-12):
+    assert_same(step(call, model, x), step(model, model, x), rtol)
+
+
+def strides(t):
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+def sparse_layers(model):
+    """Of a step just taken: which convolutions have a weight row that got no gradient."""
+    return {
+        name for name, m in model.named_modules()
+        if hasattr(m, "groups") and not m.weight.grad.flatten(1).any(1).all()
+    }  # fmt: skip
+
+
+# --- graphs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("converted_first", [True, False])
+def test_any_rate_runs_in_one_sparse_and_one_dense_graph(converted_first):
+    model, counter = net(), CompileCounterWithBackend("aot_eager")
+    if converted_first:
+        ssp.convert(model, schedule=0)
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    if not converted_first:
+        ssp.convert(call, schedule=0)
+    controller = ssp.get_controller(call)
+    for rate in [0, 0.8, 0, 0.1, 0.5, *(i / 20 for i in range(1, 20)), 0, 0.8]:
+        controller.drop_rate = rate
+        assert_as_eager(call, model)
+        dropped = sparse_layers(model)
+        assert not dropped if rate == 0 else "one" not in dropped
+        if rate == 0.8:
+            assert dropped == {"stem", "same", "grouped", "depthwise", "own", "twice"}
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [ssp.BarSchedule(0.8, period=4, interval="step"),
+     ssp.LinearSchedule(0.05, 0.9, 12, interval="step"),
+     ssp.CosineSchedule(0, 0.8, 12, interval="step")],
+    ids=lambda s: type(s).__name__,
+)  # fmt: skip
+def test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager(schedule):
+    counter = CompileCounterWithBackend("aot_eager")
+    weights, rates = [], []
+    for compiled in (True, False):
+        model = ssp.convert(net(), schedule=schedule)
+        call = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        seen = []
+        for _ in range(13):
+            seen.append(ssp.get_controller(model).drop_rate)
+            optimizer.zero_grad()
+            call(images()).square().mean().backward()
+            optimizer.step()
+        rates.append(seen)
+        weights.append([p.detach() for p in model.parameters()])
+    assert rates[0] == rates[1] == [schedule(t) for t in range(13)]
+    assert_same(*weights)
+    assert counter.frame_count <= 2
+
+
+def test_conversion_adds_no_graph_break():
+    model = net()
+    plain = torch._dynamo.explain(model)(images())
+    for rate in (0.0, 0.8):
+        torch._dynamo.reset()
+        ssp.convert(model, schedule=rate)
+        converted = torch._dynamo.explain(model)(images())
+        assert converted.graph_break_count == plain.graph_break_count == 0, converted
+        assert converted.graph_count == plain.graph_count == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["test_efficientnet", "test_nfnet", "tf_mobilenetv3_small_minimal_100"]
+)
+def test_networks_of_timm_compile_whole(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=4).double()
+    x = torch.randn(2, 3, 32, 32).double()
+    ssp.convert(model, schedule=0.8)
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    assert_as_eager(call, model, x, rtol=1e-9)
+    ssp.get_controller(model).drop_rate = 0.4
+    assert_as_eager(call, model, x, rtol=1e-9)
+    assert counter.frame_count == 1
+    assert sparse_layers(model)
+
+
+def test_a_rate_per_layer_makes_no_graph_more():
+    model, counter = net(), CompileCounterWithBackend("aot_eager")
+    ssp.convert(model, schedule=0.8, overrides={"stem": 0.25, "own": 0.0, "twice": 0.5})
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    for rate in (0.8, 0.5, 0.3):
+        ssp.get_controller(model).drop_rate = rate
+        assert_as_eager(call, model)
+        assert "own" not in sparse_layers(model)
+        rows = model.stem.weight.grad.flatten(1).any(1).sum()
+        assert rows == oracle.number_kept(16, 0.25)
+    assert counter.frame_count == 1
+
+
+def test_excluded_and_evaluated_layers_are_dense():
+    model = ssp.convert(net(), schedule=0.8, exclude=["stem"])
+    model.own.eval()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_as_eager(call, model)
+    assert sparse_layers(model) == {"same", "grouped", "depthwise", "twice"}
+    model.eval()
+    assert_as_eager(call, model)
+    assert not sparse_layers(model)
+
+
+# --- what is computed -------------------------------------------------------------------------
+
+
+def test_compiled_gradients_equal_the_oracle():
+    model = net()
+    with oracle.network(model, 0.7) as record:
+        expected = step(model, model)
+    assert record.gap > 1e-9
+    ssp.convert(model, schedule=0.7)
+    assert_same(step(torch.compile(model, backend="aot_eager", fullgraph=True), model), expected)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "stem", "everything but stem", "input"])
+def test_frozen_parameters(frozen):
+    model, x = net(), images()
+    for name, p in model.named_parameters():
+        if frozen == "everything but stem":
+            p.requires_grad_("stem" in name)
+        else:
+            p.requires_grad_(frozen not in name)
+    x.requires_grad_(frozen != "input")
+    ssp.convert(model, schedule=0.6)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    grads = []
+    for run in (call, model):
+        x.grad = None
+        grads.append([*step(run, model, x), x.grad])
+    assert_same(*grads)
+    assert any(g is None for g in grads[0])
+
+
+@pytest.mark.parametrize("selection", ["l2", "random", lambda dy: dy.abs().amax((0, 2, 3))],
+                         ids=["l2", "random", "callable"])  # fmt: skip
+def test_selections(selection):
+    model = ssp.convert(net(), schedule=0.6, selection=selection)
+    controller = ssp.get_controller(model)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    grads = []
+    for run in (call, model):
+        controller.manual_seed(5)
+        grads.append(step(run, model))
+        grads.append(step(run, model))
+    assert_same(grads[0], grads[2])
+    assert_same(grads[1], grads[3])
+    if selection == "random":
+        assert not torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_autocast(inside):
+    model = ssp.convert(net(torch.float32), schedule=0.6)
+    x = images(dtype=torch.float32)
+
+    def cast(call):
+        def run(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = call(x)
+            assert y.dtype == torch.bfloat16
+            return y.float()
+
+        return run
+
+    def compiled(call):
+        return torch.compile(call, backend="aot_eager", fullgraph=True)
+
+    run = compiled(cast(model)) if inside else cast(compiled(model))
+    one, two = step(run, model, x), step(cast(model), model, x)
+    for a, b in zip(one, two, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7 * b.abs().max().item())
+    assert sparse_layers(model) == {"stem", "same", "grouped", "depthwise", "own", "twice"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_last(dtype):
+    model = ssp.convert(net(dtype).to(memory_format=torch.channels_last), schedule=0.6)
+    x = images(dtype=dtype).contiguous(memory_format=torch.channels_last)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    one, two = step(call, model, x), step(model, model, x)
+    for a, b, p in zip(one[1:], two[1:], model.parameters(), strict=True):
+        assert strides(a) == strides(b) == strides(p)
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=32 * torch.finfo(dtype).eps * b.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_other_batch_and_image_sizes(dynamic):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), WSConv2d(8, 8, 3, groups=2)).double()
+    ssp.convert(model, schedule=0.6)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for batch, size in ((2, 8), (3, 8), (4, 10)):
+        assert_as_eager(call, model, images(batch, size))
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_functional_form(dims, drop_rate):
+    conv = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[dims]
+    x = torch.randn(2, 4, *[5] * dims).double()
+    w = torch.randn(8, 2, *[2] * dims).double().requires_grad_()
+    b = torch.randn(8).double().requires_grad_()
+
+    def call(x):
+        return conv(x, w, b, 1, "same", groups=2, drop_rate=drop_rate)
+
+    grads = []
+    for run in (torch.compile(call, backend="aot_eager", fullgraph=True), call):
+        w.grad = b.grad = None
+        run(x).pow(3).sum().backward()
+        grads.append([w.grad, b.grad])
+    assert_same(*grads)
+    assert (w.grad.flatten(1).any(1).sum() < 8) == (drop_rate > 0)
+
+
+# --- converting, reverting, copying -----------------------------------------------------------
+
+
+def test_convert_and_revert_after_compile():
+    model = net()
+    dense = step(model, model)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(step(call, model), dense)
+    ssp.convert(call, schedule=0.8)
+    assert_as_eager(call, model)
+    assert sparse_layers(model)
+    ssp.revert(call)
+    assert not ssp.is_converted(call)
+    assert_same(step(call, model), dense)
+    assert not sparse_layers(model)
+    ssp.convert(model, schedule=0.5)
+    assert_as_eager(call, model)
+    assert model.stem.weight.grad.flatten(1).any(1).sum() == 8
+
+
+def test_convert_again_with_other_arguments():
+    model = ssp.convert(net(), schedule=0.8)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    step(call, model)
+    for arguments in ({"schedule": 0.25}, {"schedule": 0.8, "selection": "l2"},
+                      {"schedule": 0.8, "exclude": ["own"]}):  # fmt: skip
+        ssp.convert(model, **arguments)
+        assert_as_eager(call, model)
+
+
+def test_a_backward_after_revert_says_what_happened():
+    model = ssp.convert(net(), schedule=0.8)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y = call(images())
+    ssp.revert(model)
+    with pytest.raises(RuntimeError, match=r"reverted or converted again.*same conversion"):
+        y.sum().backward()
+    assert_as_eager(call, model)  # and what comes after is well
+
+
+def test_an_eager_backward_after_revert_is_still_right():
+    model = net()
+    with oracle.network(model, 0.8):
+        expected = step(model, model)
+    y = ssp.convert(model, schedule=0.8)(images())
+    ssp.revert(model)
+    model.zero_grad()
+    y.square().sum().backward()
+    assert_same([p.grad for p in model.parameters()], expected[1:])
+
+
+def test_two_models_of_one_class_keep_their_own_rates():
+    models = [ssp.convert(net(), schedule=rate) for rate in (0.25, 0.75)]
+    calls = [torch.compile(m, backend="aot_eager", fullgraph=True) for m in models]
+    for _ in range(2):
+        for call, model, kept in zip(calls, models, (12, 4), strict=True):
+            assert_as_eager(call, model)
+            step(call, model)
+            assert model.stem.weight.grad.flatten(1).any(1).sum() == kept
+
+
+def test_a_deepcopy_of_a_compiled_model_has_its_own_rate():
+    call = torch.compile(
+        ssp.convert(net(), schedule=0.75), backend="aot_eager", fullgraph=True
+    )
+    step(call, call)
+    other = copy.deepcopy(call)
+    ssp.get_controller(other).drop_rate = 0.25
+    for one, kept in ((call, 4), (other, 12)):
+        step(one, one)
+        assert one._orig_mod.stem.weight.grad.flatten(1).any(1).sum() == kept
+
+
+def test_temporary_rates_around_a_compiled_step():
+    model = ssp.convert(net(), schedule=0.8)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with ssp.dense(model):
+        assert_as_eager(call, model)
+        assert not sparse_layers(model)
+        with ssp.sparsity(model, 0.5):
+            assert_as_eager(call, model)
+            assert model.stem.weight.grad.flatten(1).any(1).sum() == 8
+    step(call, model)
+    assert model.stem.weight.grad.flatten(1).any(1).sum() == 3
+
+
+# --- inductor ---------------------------------------------------------------------------------
+
+
+def test_inductor_compiles_two_graphs_that_train_as_eager():
+    def small():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), WSConv2d(8, 8, 3),
+            nn.Conv2d(8, 8, 3, groups=8),
+        ).double()  # fmt: skip
+
+    model = ssp.convert(small(), schedule=0)
+    counter = CompileCounterWithBackend(INDUCTOR)
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    for rate in (0, 0.5, 0.8, 0.3, 0):
+        ssp.get_controller(model).drop_rate = rate
+        assert_as_eager(call, model, rtol=1e-10)
+        assert bool(sparse_layers(model)) == (rate > 0)
+    assert counter.frame_count == 2
+
+
+def test_inductor_in_channels_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)).double()
+    model = ssp.convert(model.to(memory_format=torch.channels_last), schedule=0.6)
+    x = images().contiguous(memory_format=torch.channels_last).requires_grad_()
+    call = torch.compile(model, backend=INDUCTOR, fullgraph=True)
+    grads = []
+    for run in (call, model):
+        x.grad = None
+        grads.append([*step(run, model, x), x.grad])
+    assert_same(*grads, rtol=1e-10)
