@@ -21,6 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
+from classifier.results import device_name
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -107,7 +108,7 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
         for i, mode in enumerate(MODES):
             p20, p50, p80 = (1e3 * q[:, i]).tolist()
             rows.append({
-                "name": name, "device": _device_name(device),
+                "name": name, "device": device_name(device),
                 "dtype": "bfloat16 autocast" if args.amp else "float32",
                 "memory_format": "channels_last" if args.channels_last else "contiguous",
                 "shape": "x".join(map(str, shape)), "drop_rate": args.drop_rate,
@@ -138,16 +139,6 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
             str(sparse["limit"]), *map(str, shares[2:]),
         )  # fmt: skip
     console.print(table)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> int:

@@ -2,5 +2,5 @@
 
 options, schedule_text: what the user asked for. data, batches, models: what is trained.
 costs: how many steps each method gets, in FLOPs. training, clock, checkpoint: one run.
-store: what stands in the output folder. table, plot: what comes out.
+benchmark: all runs. store: what stands in the output folder. results, table, plot: what comes out.
 """

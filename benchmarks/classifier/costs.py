@@ -29,7 +29,10 @@ class StepCost:
     def __init__(self, model: nn.Module, batch_shape: tuple[int, ...]) -> None:
         forward, self._other_backward = _matrix_products(model, batch_shape)
         # At the highest rate every layer shows whether it can be sparse at all.
-        found = ssp.summary(model, input_size=batch_shape, drop_rate=0.999)
+        try:
+            found = ssp.summary(model, input_size=batch_shape, drop_rate=0.999)
+        except ValueError as error:
+            raise UserError(f"--model: {error}") from error
         self._layers = found.layers
         self.forward = found.forward + forward
 
@@ -107,9 +110,11 @@ def check(model: nn.Module, batch_shape: tuple[int, ...], name: str) -> None:
     except Exception as error:
         # Whatever the model's own code raises for an image that is too small, or not its size.
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        size = "x".join(map(str, batch_shape[1:]))
+        shape = "x".join(map(str, batch_shape[1:]))
+        made_for = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
         raise UserError(
-            f"--model {name} cannot be trained on images of {size}: {line}; try --image-size 224"
+            f"--model {name} cannot be trained on images of {shape}: {line}; "
+            f"it is made for --image-size {made_for}"
         ) from error
     if not isinstance(out, torch.Tensor) or out.ndim != 2:
         raise UserError(f"--model {name} does not return logits, so it is not a classifier")
