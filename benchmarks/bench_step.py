@@ -4,8 +4,9 @@ python benchmarks/bench_step.py                                   # the table of
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
-the converted one at rate 0 (what conversion itself costs). They take turns within each iteration,
-so that a drift of the machine hits all alike. A step is zero_grad, forward, loss, backward, SGD.
+the converted one at rate 0 (what conversion itself costs). They take turns, in random order within
+each iteration, so that neither a drift of the machine nor what ran before favours one. A step is
+zero_grad, forward, loss, backward, SGD.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import copy
 import csv
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -77,6 +79,7 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
+    random.seed(0)
     dense = timm.create_model(name).to(device, memory_format=layout).train()
     shape = (int(batch), 3, int(pixels), int(pixels))
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
@@ -90,7 +93,7 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
     steps = {side: make_step(model, x, y, args.amp) for side, model in sides.items()}
     seconds: dict[str, list[list[float]]] = {side: [] for side in sides}
     for i in range(args.warmup + args.iterations):
-        for side in list(sides)[:: 1 if i % 2 else -1]:
+        for side in random.sample(list(sides), len(sides)):
             row = steps[side]()
             if i >= args.warmup:
                 seconds[side].append(row)

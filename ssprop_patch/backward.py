@@ -7,6 +7,7 @@ of speed, chosen per call by :func:`choose_kernel`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -59,21 +60,34 @@ def sparse_backward(
     if k >= selectable_channels(w.shape[0], p.groups):
         return dense_backward(dy, x, w, p, mask)
     index = select_channels(dy, k, p.groups, score_fn)
-    if choose_kernel(x, w, p) == "mask":
+    kernel = choose_kernel(x, w, p, k)
+    if kernel == "mask":
         return _by_mask(dy, x, w, p, index, mask)
-    return _by_gather(dy, x, w, p, index, mask)
+    return _by_gather(dy, x, w, p, index, mask, matmul=kernel == "matmul")
 
 
-def choose_kernel(x: Tensor, w: Tensor, p: ConvParams) -> str:
-    """Return ``"gather"`` or ``"mask"``, whichever is the faster way to the same gradient.
+def choose_kernel(x: Tensor, w: Tensor, p: ConvParams, k: int) -> str:
+    """Return ``"gather"``, ``"matmul"`` or ``"mask"``: the fastest way to the same gradient.
 
-    Smaller grouped convolutions run slower than the whole one in the kernels at hand, and so do
-    smaller depthwise ones in channels_last: there the dense kernel on a masked gradient wins.
+    The rules are from timings on CPUs (``benchmarks/bench_conv.py``):
+
+    - Smaller grouped convolutions run slower than the whole one, and so do smaller depthwise ones
+      in channels_last: there the dense kernel gets a masked gradient.
+    - A 1x1 convolution is a matrix product, which wins where its sides are long enough; with a
+      stride it wins always.
     """
-    if p.groups == 1:
+    if p.groups > 1:
+        depthwise = p.groups == w.shape[0]
+        return "gather" if depthwise and not _is_channels_last(x) else "mask"
+    pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
+    if not pointwise or x.device.type != "cpu":
         return "gather"
-    depthwise = p.groups == w.shape[0]
-    return "gather" if depthwise and not _is_channels_last(x) else "mask"
+    if _is_channels_last(x):
+        return "matmul" if k >= 32 else "gather"
+    # A batch of products is summed at last: in half precision that would round in between.
+    exact = x.dtype in (torch.float32, torch.float64)
+    positions = math.prod(x.shape[2:])
+    return "matmul" if exact and (positions >= 100 or max(p.stride) > 1) else "gather"
 
 
 def _by_mask(
@@ -86,7 +100,7 @@ def _by_mask(
 
 
 def _by_gather(
-    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask
+    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask, matmul: bool
 ) -> Grads:
     need_x, need_w, need_b = mask
     dy_kept = take_channels(dy, index)
@@ -106,8 +120,8 @@ def _by_gather(
     else:
         x_kept, p_kept = x, p
     w_kept = w.index_select(0, index)
-    if _is_pointwise(x, w, p):
-        dx, dw_kept = _pointwise_backward(dy_kept, x, w_kept, need_x, need_w)
+    if matmul:
+        dx, dw_kept = _pointwise_backward(dy_kept, x, w_kept, p.stride, need_x, need_w)
     else:
         needed = (need_x, need_w, False)
         dx, dw_kept, _ = dense_backward(dy_kept, x_kept, w_kept, p_kept, needed)
@@ -119,34 +133,29 @@ def _by_gather(
     return dx, dw, db
 
 
-def _is_pointwise(x: Tensor, w: Tensor, p: ConvParams) -> bool:
-    """Whether two matrix products do the same, and as exactly, as a convolution kernel."""
-    shape = (*w.shape[2:], *p.stride)
-    if p.groups > 1 or any(n != 1 for n in shape) or any(p.padding):
-        return False
-    # A batch of products is summed at last: in half precision that would round in between.
-    return _is_channels_last(x) or x.dtype in (torch.float32, torch.float64)
-
-
 def _pointwise_backward(
-    dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool
+    dy: Tensor, x: Tensor, w: Tensor, stride: tuple[int, ...], need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (dX, dW) of a 1x1 convolution as matrix products, in the memory format of ``x``."""
-    matrix = w.flatten(1)
+    matrix = w.flatten(1)  # (k, C_in)
+    read = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    x_read = x[read]  # a strided one reads some positions only
     dx = dw = None
     if _is_channels_last(x):
-        last = x.movedim(1, -1)
         rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
         if need_x:
-            dx = (rows @ matrix).view(last.shape).movedim(-1, 1)
+            dx = (rows @ matrix).view(*dy.movedim(1, -1).shape[:-1], x.shape[1]).movedim(-1, 1)
         if need_w:
-            dw = rows.t() @ last.reshape(-1, x.shape[1])
+            dw = rows.t() @ x_read.movedim(1, -1).reshape(-1, x.shape[1])
     else:
         flat = dy.flatten(2)
         if need_x:
-            dx = (matrix.t() @ flat).view(x.shape)
+            dx = (matrix.t() @ flat).view(x_read.shape)
         if need_w:
-            dw = torch.bmm(flat, x.flatten(2).transpose(1, 2)).sum(0)
+            dw = torch.bmm(flat, x_read.flatten(2).transpose(1, 2)).sum(0)
+    if need_x and x_read.shape != x.shape:
+        dx_read, dx = dx, torch.zeros_like(x)
+        dx[read] = dx_read
     return dx, None if dw is None else dw.view(w.shape)
 
 

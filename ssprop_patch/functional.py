@@ -6,6 +6,7 @@ with the largest gradient are propagated (ssProp, arXiv 2408.12561, section 3).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,10 +128,13 @@ def _conv(
 ) -> Tensor:
     rate = check_drop_rate(drop_rate)
     score_fn = resolve_selection(selection)
+    dense = DENSE_CONV[dims]
+    if weight.dim() != dims + 2 or groups < 1:  # it says what is wrong
+        return dense(input, weight, bias, stride, padding, dilation, groups)
     channels = selectable_channels(weight.shape[0], groups)
     k = kept_channels(channels, rate)
     if k == channels or not needs_backward(input, weight, bias):
-        return DENSE_CONV[dims](input, weight, bias, stride, padding, dilation, groups)
+        return dense(input, weight, bias, stride, padding, dilation, groups)
     return sparse_conv(
         dims, input, weight, bias, stride, padding, dilation, groups, k=k, score_fn=score_fn
     )
@@ -183,7 +187,7 @@ def sparse_conv(
             "...): wrap the call in ssprop_patch.dense(model), use model.eval(), or drop_rate=0"
         )
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocasting(device_type):
         # Cast what autocast would, but outside the Function, so that autograd casts back.
         dtype = torch.get_autocast_dtype(device_type)
         input, weight = _cast(input, dtype, device_type), _cast(weight, dtype, device_type)
@@ -202,15 +206,20 @@ def sparse_conv(
     return out.squeeze(0) if unbatched else out
 
 
+def _is_autocasting(device_type: str) -> bool:
+    available = torch.amp.is_autocast_available(device_type)  # not on the meta device
+    return available and torch.is_autocast_enabled(device_type)
+
+
 def _cast(t: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
     eligible = t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device_type
     return t.to(dtype) if eligible else t
 
 
 def _ntuple(value: Size, n: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * n
-    return tuple(value) if len(value) == n else tuple(value) * n
+    if isinstance(value, (tuple, list)):
+        return tuple(value) if len(value) == n else tuple(value) * n
+    return (operator.index(value),) * n
 
 
 def _resolve_padding(
@@ -256,7 +265,7 @@ class _SparseConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         params, k, score_fn = ctx.config
         mask = tuple(ctx.needs_input_grad[:3])
-        if torch.is_autocast_enabled(dy.device.type):  # the dense backward ignores autocast too
+        if _is_autocasting(dy.device.type):  # the dense backward ignores autocast too
             with torch.autocast(dy.device.type, enabled=False):
                 grads = sparse_backward(dy, x, w, params, k, score_fn, mask)
         else:

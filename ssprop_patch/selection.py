@@ -37,21 +37,37 @@ def kept_channels(channels: int, drop_rate: float) -> int:
     return max(1, int((1.0 - drop_rate) * channels + 0.5))
 
 
-def _norm(dy: Tensor, order: int) -> Tensor:
-    dims = [0, *range(2, dy.dim())]
+def _channel_sum(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return the sum of each channel, in the order of reduction that suits the memory format."""
+    if t.is_contiguous():
+        return t.flatten(2).sum(2, dtype=dtype).sum(0)
+    return t.sum([0, *range(2, t.dim())], dtype=dtype)
+
+
+def _accumulation_dtype(dy: Tensor) -> torch.dtype | None:
     # Half precision would tie channels that differ (8 bits in bfloat16) and overflow in float16.
-    dtype = torch.float32 if dy.dtype in (torch.float16, torch.bfloat16) else None
-    return torch.linalg.vector_norm(dy, order, dims, dtype=dtype)
+    return torch.float32 if dy.dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _vector_norm(dy: Tensor, order: int) -> Tensor:
+    dims = [0, *range(2, dy.dim())]
+    return torch.linalg.vector_norm(dy, order, dims, dtype=_accumulation_dtype(dy))
 
 
 def l1_scores(dy: Tensor) -> Tensor:
     """Sum of ``|dy|`` of each channel: the order of the mean in ssProp (arXiv 2408.12561)."""
-    return _norm(dy, 1)
+    # On the CPU the norm's one pass is 2 to 6 times slower than these two, which are vectorised.
+    if dy.device.type == "cpu" and dy.dim() > 2:
+        return _channel_sum(dy.abs(), _accumulation_dtype(dy))
+    return _vector_norm(dy, 1)
 
 
 def l2_scores(dy: Tensor) -> Tensor:
     """Euclidean norm of ``dy`` of each channel."""
-    return _norm(dy, 2)
+    if dy.device.type == "cpu" and dy.dim() > 2:
+        dtype = _accumulation_dtype(dy)
+        return _channel_sum((dy if dtype is None else dy.to(dtype)).square(), None).sqrt()
+    return _vector_norm(dy, 2)
 
 
 def random_scores(dy: Tensor) -> Tensor:
@@ -129,7 +145,7 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
 
     Returns:
         int64, on ``dy``'s device: shape (k,), or (groups * k,) where the choice is made inside
-        each group, ordered so that the kept channels still form ``groups`` equal groups.
+        each group: group after group, so that the kept channels still form ``groups`` equal ones.
 
     Raises:
         ValueError: If ``score_fn`` does not return one score per channel.

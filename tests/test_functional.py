@@ -627,6 +627,20 @@ def test_backward_inside_of_autocast_computes_as_outside():
         assert torch.equal(one, other)
 
 
+def test_the_backward_is_out_of_reach_of_autocast_as_the_dense_one_is():
+    seen = []
+
+    def scores(dy):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.mm(dy[0, 0], dy[0, 0]).dtype))
+        return dy.abs().sum((0, 2, 3))
+
+    x, w, b, dy = _layer(1, "contiguous")
+    y = functional.conv2d(x, w, b, drop_rate=0.5, selection=scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.backward(dy)
+    assert seen == [(False, torch.float32)]
+
+
 def test_a_float32_convolution_whose_backward_runs_inside_of_autocast_stays_float32():
     x, w, b, dy = _layer(1, "contiguous")
     y = functional.conv2d(x, w, b, drop_rate=0.5)

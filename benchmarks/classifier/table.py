@@ -70,7 +70,8 @@ def spread(values: Sequence[float], form: str) -> str:
 def _title(row: Row) -> str:
     size = f"{row['image_size']}x{row['image_size']}"
     how = [row["device_name"]]
-    how += [f"{row['threads']} threads"] if row["device"] == "cpu" else []
+    if row["device"] == "cpu":
+        how.append("1 thread" if row["threads"] == 1 else f"{row['threads']} threads")
     how += [name for name in ("compile", "channels_last") if row[name]]
     how += [row["amp"]] if row["amp"] != "off" else []
     return (
