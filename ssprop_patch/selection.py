@@ -37,16 +37,31 @@ def kept_channels(channels: int, drop_rate: float) -> int:
     return max(1, int((1.0 - drop_rate) * channels + 0.5))
 
 
-def _channel_sum(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the sum of each channel, in the order of reduction that suits the memory format."""
-    if t.is_contiguous():
-        return t.flatten(2).sum(2, dtype=dtype).sum(0)
-    return t.sum([0, *range(2, t.dim())], dtype=dtype)
+# Elements that a temporary of the scores may have on the CPU: it then stays in the cache, and its
+# memory is used again instead of being mapped anew. Timed from 2**16 to 2**19 and unlimited.
+_CHUNK = 2**19
 
 
-def _accumulation_dtype(dy: Tensor) -> torch.dtype | None:
+def _channel_sum(dy: Tensor, power: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum of ``power(dy)`` over each channel, on the CPU.
+
+    Two vectorised operations on one part of the batch after the other take half to a sixth of the
+    time of the one pass of ``torch.linalg.vector_norm``.
+    """
+    samples = max(1, _CHUNK // max(1, dy[:1].numel()))
+    dims = [0, *range(2, dy.dim())]
+    total = None
+    for part in dy.split(samples):
+        part = power(part.to(_accumulation_dtype(dy)))
+        # Contiguous: along the rows first, which is the fastest order there.
+        part = part.flatten(2).sum(2).sum(0) if part.is_contiguous() else part.sum(dims)
+        total = part if total is None else total.add_(part)
+    return total
+
+
+def _accumulation_dtype(dy: Tensor) -> torch.dtype:
     # Half precision would tie channels that differ (8 bits in bfloat16) and overflow in float16.
-    return torch.float32 if dy.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.float32 if dy.dtype in (torch.float16, torch.bfloat16) else dy.dtype
 
 
 def _vector_norm(dy: Tensor, order: int) -> Tensor:
@@ -54,20 +69,19 @@ def _vector_norm(dy: Tensor, order: int) -> Tensor:
     return torch.linalg.vector_norm(dy, order, dims, dtype=_accumulation_dtype(dy))
 
 
+def _sum_on_cpu(dy: Tensor) -> bool:
+    # A traced sum (torch.compile) is one fused loop: no parts, no Python loop over the batch.
+    return dy.device.type == "cpu" and dy.dim() > 2 and not torch.compiler.is_compiling()
+
+
 def l1_scores(dy: Tensor) -> Tensor:
     """Sum of ``|dy|`` of each channel: the order of the mean in ssProp (arXiv 2408.12561)."""
-    # On the CPU the norm's one pass is 2 to 6 times slower than these two, which are vectorised.
-    if dy.device.type == "cpu" and dy.dim() > 2:
-        return _channel_sum(dy.abs(), _accumulation_dtype(dy))
-    return _vector_norm(dy, 1)
+    return _channel_sum(dy, torch.abs) if _sum_on_cpu(dy) else _vector_norm(dy, 1)
 
 
 def l2_scores(dy: Tensor) -> Tensor:
     """Euclidean norm of ``dy`` of each channel."""
-    if dy.device.type == "cpu" and dy.dim() > 2:
-        dtype = _accumulation_dtype(dy)
-        return _channel_sum((dy if dtype is None else dy.to(dtype)).square(), None).sqrt()
-    return _vector_norm(dy, 2)
+    return _channel_sum(dy, torch.square).sqrt() if _sum_on_cpu(dy) else _vector_norm(dy, 2)
 
 
 def random_scores(dy: Tensor) -> Tensor:

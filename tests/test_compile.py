@@ -1,6 +1,7 @@
 """Under torch.compile: no graph breaks, two graphs for any schedule, the gradients of eager."""
 
 import copy
+import itertools
 import os
 import shutil
 import sysconfig
@@ -15,7 +16,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ssprop_patch as ssp
-from ssprop_patch import functional
+from ssprop_patch import functional, opaque
+from ssprop_patch.selection import resolve_selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -325,6 +327,37 @@ def test_the_functional_form(dims, drop_rate):
         grads.append([w.grad, b.grad])
     assert_same(*grads)
     assert (w.grad.flatten(1).any(1).sum() < 8) == (drop_rate > 0)
+
+
+class Rate:
+    drop_rate = 0.5
+
+    def __init__(self, selection="l1"):
+        self.score_fn = resolve_selection(selection)
+
+
+@pytest.mark.parametrize("needed", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("layouts", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("groups, kernel_size, stride", [(1, 3, 1), (1, 1, 1), (1, 1, 2),
+                                                         (2, 3, 1), (8, 3, 1)])  # fmt: skip
+def test_the_operator_returns_what_it_promises_the_compiler(
+    groups, kernel_size, stride, layouts, needed
+):
+    # Shapes, strides and dtypes of the fake kernel against the real one's, and the schema.
+    x = torch.randn(2, 8, 6, 6)
+    w = torch.randn(8, 8 // groups, kernel_size, kernel_size)
+    dy = torch.randn(F.conv2d(x, w, stride=stride, groups=groups).shape)
+    dy, x, w = (
+        t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        for t, last in zip((dy, x, w), layouts, strict=True)
+    )
+    handle = opaque.register(rate := Rate())
+    geometry = ([stride] * 2, [0, 0], [1, 1], groups)
+    arguments = (dy, x, w, *geometry, handle, [bool(n) for n in needed])
+    torch.library.opcheck(
+        opaque.conv_backward, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+    del rate
 
 
 # --- converting, reverting, copying -----------------------------------------------------------
