@@ -34,9 +34,11 @@ Mask = tuple[bool, bool, bool]
 def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) -> Grads:
     """Return (dX, dW, db) of the ordinary convolution; None where ``mask`` is False."""
     zeros = [0] * len(p.stride)
-    return aten.convolution_backward(
+    grads = aten.convolution_backward(
         dy, x, w, [w.shape[0]], p.stride, p.padding, p.dilation, False, zeros, p.groups, mask
     )
+    # For an empty batch some versions of torch return what was not asked for.
+    return tuple(g if needed else None for g, needed in zip(grads, mask, strict=True))
 
 
 def sparse_backward(
