@@ -8,12 +8,12 @@ import pickle
 import oracle
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch import functional
+from ssprop_patch import functional, selection
 from ssprop_patch.selection import (
     RandomScores,
     l1_scores,
@@ -38,7 +38,22 @@ def gradients(draw):
 # --- scores -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["whole", "parts", "norm"])
+def way(request, monkeypatch):
+    """Each way of computing the scores: on the CPU at once or in parts, and as elsewhere."""
+    if request.param == "parts":
+        monkeypatch.setattr(selection, "_CHUNK", 25)
+    if request.param == "norm":
+        monkeypatch.setattr(selection, "_sum_on_cpu", lambda dy: False)
+    return request.param
+
+
+any_way = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@any_way
 @given(gradients())
+@pytest.mark.usefixtures("way")
 def test_l1_is_proportional_to_the_mean_magnitude(dy):
     mean = dy.abs().transpose(0, 1).flatten(1).mean(1)
     scores = l1_scores(dy)
@@ -46,7 +61,9 @@ def test_l1_is_proportional_to_the_mean_magnitude(dy):
     torch.testing.assert_close(scores / scores.sum(), mean / mean.sum(), rtol=1e-12, atol=0)
 
 
+@any_way
 @given(gradients())
+@pytest.mark.usefixtures("way")
 def test_l2_is_proportional_to_the_root_of_the_mean_square(dy):
     square = dy.square().transpose(0, 1).flatten(1).mean(1)
     scores = l2_scores(dy).square()
@@ -66,6 +83,7 @@ def test_l1_and_l2_differ_where_they_should():
         assert w.grad[kept] != 0 and w.grad[1 - kept] == 0
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("score", [l1_scores, l2_scores])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_of_half_precision_are_float32(score, dtype):
@@ -73,6 +91,7 @@ def test_scores_of_half_precision_are_float32(score, dtype):
     assert scores.dtype == (torch.float32 if dtype.itemsize == 2 else dtype)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("score", [l1_scores, l2_scores])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_accumulation_in_half_precision_would_choose_wrongly(score, dtype):
@@ -86,6 +105,7 @@ def test_an_accumulation_in_half_precision_would_choose_wrongly(score, dtype):
     assert select_channels(dy.flip(1), 1, 1, score).tolist() == [0]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("score", [l1_scores, l2_scores])
 def test_scores_beyond_the_range_of_float16_stay_in_order(score):
     dy = torch.full((4, 3, 4096), 300.0, dtype=torch.float16)
@@ -95,6 +115,7 @@ def test_scores_beyond_the_range_of_float16_stay_in_order(score):
     assert select_channels(dy, 2, 1, score).tolist() == [1, 2]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "score, scale", [(l1_scores, 1e-6), (l1_scores, 1e-37), (l2_scores, 1e-6), (l2_scores, 1e-18)]
 )  # by l2 the squares have to stay representable
