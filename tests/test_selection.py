@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch import functional, selection
+from ssprop_patch import functional
 from ssprop_patch.selection import (
     RandomScores,
     l1_scores,
@@ -42,9 +42,9 @@ def gradients(draw):
 def way(request, monkeypatch):
     """Each way of computing the scores: on the CPU at once or in parts, and as elsewhere."""
     if request.param == "parts":
-        monkeypatch.setattr(selection, "_CHUNK", 25)
+        monkeypatch.setattr("ssprop_patch.selection._CHUNK", 25)
     if request.param == "norm":
-        monkeypatch.setattr(selection, "_sum_on_cpu", lambda dy: False)
+        monkeypatch.setattr("ssprop_patch.selection._sum_on_cpu", lambda dy: False)
     return request.param
 
 
