@@ -30,8 +30,9 @@ STOCK = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 class PatchedConv(nn.Module):
     """Mixin of all patched classes: what a copy, a pickle and a ``print`` of one need.
 
-    ``_ssprop_original`` of the class is the class it was made from, ``_ssprop_policy`` of the
-    instance a :class:`Policy`; not annotated, because TorchScript reads annotations.
+    ``_ssprop_original`` of the class is the class it was made from; of the instance
+    ``_ssprop_policy`` is a :class:`Policy` and ``_ssprop_membership`` ties it to the controller's
+    watch. Not annotated, because TorchScript reads annotations.
     """
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -94,7 +94,8 @@ def plan(
         filter_fn: ``filter_fn(module, name) -> bool``: False leaves a convolution dense.
         exclude: Patterns of convolutions to leave dense. A pattern is the exact name of a
             convolution or of a module around it, the end of a name (``"conv1"`` means every
-            ``*.conv1`` too), or a regular expression for the whole name.
+            ``*.conv1`` too), or a regular expression for the whole name (``"^conv1$"`` means the
+            stem alone).
         overrides: ``{pattern: rate}``, rates of their own for some layers, in force whenever the
             controller's rate is above 0. The first pattern that matches counts.
 

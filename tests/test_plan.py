@@ -256,3 +256,9 @@ def test_bad_input():
         ssp.plan(nested(), exclude=[3])
     with pytest.raises(ValueError, match=r"overrides\['stem'\].*1.5"):
         ssp.plan(nested(), overrides={"stem": 1.5})
+
+
+def test_the_stem_alone_can_be_named():
+    model = torchvision.models.resnet18(num_classes=3)
+    assert [row.name for row in ssp.plan(model, exclude="^conv1$").skipped] == ["conv1"]
+    assert len(ssp.plan(model, exclude="conv1").skipped) == 9  # the stem and one in each block
