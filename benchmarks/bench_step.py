@@ -86,8 +86,13 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
     y = torch.randint(1000, shape[:1], device=device)
     sides = {"dense": dense}
     for side, rate in (("sparse", args.drop_rate), ("rate0", 0.0)):
-        sides[side] = ssp.convert(copy.deepcopy(dense), rate, selection=args.selection)
-    flops = ssp.summary(dense, input_size=shape, drop_rate=args.drop_rate)
+        sides[side] = ssp.convert(
+            copy.deepcopy(dense),
+            rate,
+            selection=args.selection,
+            filter_fn=(lambda m, _: m.groups == 1) if args.skip_grouped else None,
+        )
+    flops = ssp.summary(sides["sparse"], input_size=shape)
     if args.compile:
         sides = {side: torch.compile(model) for side, model in sides.items()}
     steps = {side: make_step(model, x, y, args.amp) for side, model in sides.items()}
@@ -115,7 +120,8 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 "dtype": "bfloat16 autocast" if args.amp else "float32",
                 "memory_format": "channels_last" if args.channels_last else "contiguous",
                 "shape": "x".join(map(str, shape)), "drop_rate": args.drop_rate,
-                "side": side + (" compiled" if args.compile else ""), "mode": mode,
+                "side": side + " compiled" * args.compile + " groups=1" * args.skip_grouped,
+                "mode": mode,
                 "p20_ms": f"{p20:.3f}", "p50_ms": f"{p50:.3f}", "p80_ms": f"{p80:.3f}",
                 "share_of_dense": f"{p50 / (1e3 * quantiles['dense'][1, i].item()):.4f}",
                 "limit": f"{limit[side]:.4f}" if mode == "backward" else "",
@@ -155,6 +161,7 @@ def main() -> int:
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
     parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--output", type=Path, help="append the rows to this CSV")
