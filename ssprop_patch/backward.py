@@ -1,4 +1,4 @@
-"""The sparse backward of a convolution: one gradient, computed in the way that fits the layer.
+"""The sparse backward of a layer: one gradient, computed in the way that fits the layer.
 
 What is computed depends on the arguments alone: dX, dW and db of the kept channels, and zero
 rows elsewhere. How (gather and a smaller convolution, matrix products, or mask and the dense
@@ -25,6 +25,12 @@ class ConvParams(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()  # none at all stands for zeros
+
+    def out_channels(self, w: Tensor) -> int:
+        """Return C_out of a convolution with the weight ``w``."""
+        return w.shape[1] * self.groups if self.transposed else w.shape[0]
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -33,10 +39,11 @@ Mask = tuple[bool, bool, bool]
 
 def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) -> Grads:
     """Return (dX, dW, db) of the ordinary convolution; None where ``mask`` is False."""
-    zeros = [0] * len(p.stride)
+    output_padding = p.output_padding or (0,) * len(p.stride)
     grads = aten.convolution_backward(
-        dy, x, w, [w.shape[0]], p.stride, p.padding, p.dilation, False, zeros, p.groups, mask
-    )
+        dy, x, w, [p.out_channels(w)], p.stride, p.padding, p.dilation,
+        p.transposed, output_padding, p.groups, mask,
+    )  # fmt: skip
     # For an empty batch some versions of torch return what was not asked for.
     return tuple(g if needed else None for g, needed in zip(grads, mask, strict=True))
 
@@ -49,17 +56,17 @@ def sparse_backward(
     Args:
         dy: Gradient of the output, (N, C_out, *out).
         x: Input, (N, C_in, *in).
-        w: Weight, (C_out, C_in / groups, *kernel).
+        w: Weight, (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if transposed.
         p: Geometry.
         k: Channels to keep of each choice; the dense gradient when that is all of them.
         score_fn: Scores the channels of ``dy``.
         mask: Which of dX, dW, db are needed.
 
     Returns:
-        dX of ``x``'s shape; dW and db with rows that were not kept exactly zero. The operations
-        are differentiable, so that a double backward differentiates through the kept channels.
+        dX of ``x``'s shape; dW and db exactly zero for channels not kept. The operations are
+        differentiable, so that a double backward differentiates through the kept channels.
     """
-    if k >= selectable_channels(w.shape[0], p.groups):
+    if k >= selectable_channels(p.out_channels(w), p.groups):
         return dense_backward(dy, x, w, p, mask)
     index = select_channels(dy, k, p.groups, score_fn)
     kernel = choose_kernel(x, w, p, k)
@@ -81,10 +88,10 @@ def choose_kernel(x: Tensor, w: Tensor, p: ConvParams, k: int) -> str:
       way round), and always with a stride (256 to 512 at 40x40: the convolution 0.72).
     """
     if p.groups > 1:
-        depthwise = p.groups == w.shape[0]
+        depthwise = p.groups == p.out_channels(w)
         return "gather" if depthwise and not _is_channels_last(x) else "mask"
     pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
-    if not pointwise or x.device.type != "cpu":
+    if not pointwise or p.transposed or x.device.type != "cpu":
         return "gather"
     if _is_channels_last(x):
         return "matmul" if k >= 32 else "gather"
@@ -97,7 +104,7 @@ def choose_kernel(x: Tensor, w: Tensor, p: ConvParams, k: int) -> str:
 def _by_mask(
     dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask
 ) -> Grads:
-    keep = torch.zeros(w.shape[0], dtype=dy.dtype, device=dy.device).index_fill_(0, index, 1)
+    keep = torch.zeros(dy.shape[1], dtype=dy.dtype, device=dy.device).index_fill_(0, index, 1)
     keep = keep.view(-1, *[1] * (dy.dim() - 2))
     # where, not a product: a dropped channel may hold inf or nan, and 0 * inf is nan.
     return dense_backward(torch.where(keep.bool(), dy, 0), x, w, p, mask)
@@ -107,23 +114,21 @@ def _by_gather(
     dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask, matmul: bool
 ) -> Grads:
     need_x, need_w, need_b = mask
+    channels = dy.shape[1]
     dy_kept = take_channels(dy, index)
-    db = _scatter_rows(dy_kept.sum([0, *range(2, dy.dim())]), w.shape[0], index) if need_b else None
+    db = _scatter_rows(dy_kept.sum([0, *range(2, dy.dim())]), channels, index) if need_b else None
     if not (need_x or need_w):
         return None, None, db
 
-    depthwise = p.groups > 1 and p.groups == w.shape[0]
-    if depthwise:  # a group left out takes its input channels with it
-        per_group = x.shape[1] // p.groups
-        index_in = index
-        if per_group > 1:
-            steps = torch.arange(per_group, device=index.device)
-            index_in = (index.unsqueeze(1) * per_group + steps).flatten()
-        x_kept = take_channels(x, index_in)
-        p_kept = p._replace(groups=index.shape[0])
-    else:
-        x_kept, p_kept = x, p
-    w_kept = w.index_select(0, index)
+    depthwise = p.groups > 1 and p.groups == channels
+    index_in = _inputs_of_groups(index, x.shape[1] // channels) if depthwise else None
+    # A group that is left out takes its input channels with it.
+    x_kept = take_channels(x, index_in) if depthwise else x
+    p_kept = p._replace(groups=index.shape[0]) if depthwise else p
+    # Where the weight of the kept channels lies. A transposed convolution has its output channels
+    # in dim 1, but its groups, as in dim 0 the inputs, one after the other.
+    w_dim, w_index = (0, index) if not p.transposed else (0, index_in) if depthwise else (1, index)
+    w_kept = w.index_select(w_dim, w_index)
     if matmul:
         dx, dw_kept = _pointwise_backward(dy_kept, x, w_kept, p.stride, need_x, need_w)
     else:
@@ -131,10 +136,16 @@ def _by_gather(
         dx, dw_kept, _ = dense_backward(dy_kept, x_kept, w_kept, p_kept, needed)
     if depthwise and need_x:
         dx = torch.zeros_like(x).index_copy_(1, index_in, dx)
-    dw = None
-    if need_w:
-        dw = torch.zeros_like(w).index_copy_(0, index, dw_kept)
+    dw = torch.zeros_like(w).index_copy_(w_dim, w_index, dw_kept) if need_w else None
     return dx, dw, db
+
+
+def _inputs_of_groups(index: Tensor, per_group: int) -> Tensor:
+    """Return the input channels that belong to the groups ``index``."""
+    if per_group == 1:
+        return index
+    steps = torch.arange(per_group, device=index.device)
+    return (index.unsqueeze(1) * per_group + steps).flatten()
 
 
 def _pointwise_backward(
@@ -183,3 +194,37 @@ def _is_channels_last(t: Tensor) -> bool:
 
 def _scatter_rows(rows: Tensor, size: int, index: Tensor) -> Tensor:
     return rows.new_zeros(size).index_copy_(0, index, rows)
+
+
+# --- linear layers ----------------------------------------------------------------------------
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, k: int, score_fn: ScoreFn, mask: Mask
+) -> Grads:
+    """Return (dX, dW, db) of ``F.linear`` for the kept output features; None where not needed.
+
+    Args:
+        dy: Gradient of the output, (*, out_features).
+        x: Input, (*, in_features).
+        w: Weight, (out_features, in_features).
+        k: Features to keep.
+        score_fn: Scores the features; is given dy as (rows, out_features).
+        mask: Which of dX, dW, db are needed.
+    """
+    need_x, need_w, need_b = mask
+    rows = dy.reshape(-1, w.shape[0])
+    if k < w.shape[0]:
+        index = select_channels(rows, k, 1, score_fn)
+        # gather, not index_select, as in take_channels: the features are the last dimension.
+        rows = rows.gather(1, index.expand(rows.shape[0], -1))
+        w_kept = w.index_select(0, index)
+    else:
+        index, w_kept = None, w
+    dx = (rows @ w_kept).view(x.shape) if need_x else None
+    dw = rows.t() @ x.reshape(-1, x.shape[-1]) if need_w else None
+    db = rows.sum(0) if need_b else None
+    if index is not None:
+        dw = torch.zeros_like(w).index_copy_(0, index, dw) if need_w else None
+        db = _scatter_rows(db, w.shape[0], index) if need_b else None
+    return dx, dw, db

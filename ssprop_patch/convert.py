@@ -11,8 +11,8 @@ from torch.utils._contextlib import _DecoratorContextManager
 
 from .controller import PAPER_SCHEDULE, Policy, SparsityController
 from .iterations import Membership
-from .modules import PatchedConv, original_class, patched_class
-from .plan import FilterFn, Plan, plan
+from .modules import PatchedLayer, original_class, patched_class
+from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
 from .schedules import Schedule
 from .selection import Selection, resolve_selection
 
@@ -21,6 +21,7 @@ def convert(
     model: nn.Module,
     schedule: Schedule | float | Callable[[int], float] = PAPER_SCHEDULE,
     *,
+    types: Types = DEFAULT_TYPES,
     steps_per_epoch: int | None = None,
     filter_fn: FilterFn | None = None,
     exclude: str | Sequence[str] = (),
@@ -31,6 +32,8 @@ def convert(
 ) -> nn.Module:
     """Give every Conv1d, Conv2d and Conv3d of ``model`` a sparse backward, in place.
 
+    Other layers are converted when their class is named in ``types``.
+
     Parameters, buffers, hooks, optimizer references and ``state_dict`` keys stay; the forward is
     bit-identical. Converting again is converting once with the new arguments.
 
@@ -38,6 +41,10 @@ def convert(
         model: Any module; a single convolution, a compiled or a wrapped model too.
         schedule: A schedule, a number (constant rate), or a callable t -> drop rate. Default: the
             paper's, 80 % of the channels dropped in every other epoch (arXiv 2408.12561).
+        types: Classes of layers to convert, subclasses included: besides Conv1d, Conv2d and Conv3d
+            also ``nn.ConvTranspose1d/2d/3d`` and ``nn.Linear`` (a channel is an output feature;
+            ``exclude`` the classifier), and classes of other libraries that call ``F.conv1d/2d/3d``
+            in their forward, such as timm's CondConv2d (each sample's channels for themselves).
         steps_per_epoch: Optimizer steps in one epoch, for a schedule that counts epochs
             (``len(loader)``; with gradient accumulation accordingly fewer). Without it call
             ``get_controller(model).step(epoch)`` at the start of every epoch.
@@ -59,7 +66,7 @@ def convert(
             (under ``strict``), or a layer cannot be (lazy, or wrapped after an earlier
             conversion). Nothing has changed then.
     """
-    todo = plan(model, filter_fn=filter_fn, exclude=exclude, overrides=overrides)
+    todo = plan(model, types=types, filter_fn=filter_fn, exclude=exclude, overrides=overrides)
     if todo.refused:
         raise ValueError(_refusal("convert", todo))
     score_fn = resolve_selection(selection)
@@ -107,7 +114,7 @@ def revert(model: nn.Module) -> nn.Module:
             FSDP) and has to come off first. Nothing has changed then.
     """
     todo = plan(model)
-    blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, PatchedConv)))
+    blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, PatchedLayer)))
     if blocked.rows:
         raise ValueError(_refusal("revert", blocked))
     _assign(Conversion({}, {}), within=model)
@@ -116,7 +123,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 def is_converted(module: nn.Module) -> bool:
     """Whether the module itself, or anything below it, has a sparse backward."""
-    return any(isinstance(m, PatchedConv) for m in module.modules())
+    return any(isinstance(m, PatchedLayer) for m in module.modules())
 
 
 class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
@@ -157,7 +164,7 @@ class Conversion(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> Conversion:
         """Return how things stand in ``model``."""
-        layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedConv)}
+        layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedLayer)}
         marks = {m: vars(m).get("_ssprop_root") for m in model.modules()}
         roots = {m: mark.controller for m, mark in marks.items() if mark is not None}
         return cls(layers, roots)

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from . import opaque
 from ._validate import check_count, check_drop_rate
 from .controller import PAPER_SCHEDULE, SparsityController
-from .modules import PatchedConv
-from .plan import plan
+from .modules import PatchedLayer
+from .plan import DEFAULT_TYPES, Types, plan
 from .report import LayerFlops, Summary
 from .schedules import Schedule, as_schedule
 from .selection import kept_channels, selectable_channels
@@ -31,7 +31,7 @@ from .trace import Needs, trace
 
 @dataclass(frozen=True)
 class ConvFlops:
-    """FLOPs of one call of a convolution; ``backward`` is with ``kept`` of its channels."""
+    """FLOPs of one call of a layer; ``backward`` is with ``kept`` of its channels."""
 
     forward: int
     dense_backward: int
@@ -81,18 +81,33 @@ def _flops(macs: int, outputs: int, channels: int, kept: int, needs: Needs) -> C
     return ConvFlops(2 * macs, dense, sparse, kept)
 
 
-def _opaque_flops(
-    dy: Any, x: Any, w: Any, stride: Any, padding: Any, dilation: Any, groups: int, handle: int,
-    mask: Sequence[bool], **_: Any,
+# As torch counts aten.convolution_backward and mm: multiply-adds only, no bias, no importance.
+
+
+def _opaque_conv_flops(
+    dy: Any, x: Any, w: Any, stride: Any, padding: Any, dilation: Any, groups: int,
+    transposed: bool, output_padding: Any, handle: int, mask: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
-    # As torch counts aten.convolution_backward: multiply-adds only, no bias, no importance.
-    rate = opaque.source(handle).drop_rate
-    flops = conv_flops(x, w, dy, drop_rate=rate)
-    return 2 * (flops.forward // 2 // w[0] * flops.kept) * (mask[0] + mask[1])
+    channels = dy[1]
+    each = selectable_channels(channels, groups)
+    kept = kept_channels(each, opaque.source(handle).drop_rate) * (channels // each)
+    at = x if transposed else dy  # where the kernel is applied
+    return 2 * (prod(at) // at[1] * prod(w) // channels * kept) * (mask[0] + mask[1])
 
 
-if opaque.conv_backward not in flop_registry:  # reloading this module would register it again
-    register_flop_formula(opaque.conv_backward)(_opaque_flops)
+def _opaque_linear_flops(
+    dy: Any, x: Any, w: Any, handle: int, mask: Sequence[bool], **_: Any
+) -> int:
+    kept = kept_channels(w[0], opaque.source(handle).drop_rate)
+    return 2 * (prod(dy) // w[0] * kept * w[1]) * (mask[0] + mask[1])
+
+
+for _operator, _formula in (
+    (opaque.conv_backward, _opaque_conv_flops),
+    (opaque.linear_backward, _opaque_linear_flops),
+):
+    if _operator not in flop_registry:  # reloading this module would register it again
+        register_flop_formula(_operator)(_formula)
 
 
 def summary(
@@ -100,6 +115,7 @@ def summary(
     *,
     input_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    types: Types = DEFAULT_TYPES,
     drop_rate: float | None = None,
     schedule: Schedule | float | Callable[[int], float] | None = None,
     epochs: int | None = None,
@@ -107,9 +123,10 @@ def summary(
 ) -> Summary:
     """Count the FLOPs of a model's convolutions in one training step, dense and sparse.
 
-    Convolution modules only: no linear layers, no norms, no functional calls. A converted model
-    counts as it is (a convolution that is not converted, or frozen in eval mode, as dense), an
-    unconverted one as ``convert(model)`` would make it. The model is run once, on tensors without
+    Convolution modules, and linear layers where they are converted or named in ``types``: no
+    norms, no functional calls. A converted model counts as it is (a layer that is not converted,
+    or frozen in eval mode, as dense), an unconverted one as ``convert(model, types=types)`` would
+    make it. The model is run once, on tensors without
     data; where that fails (its path depends on the data), for real and in eval mode. Either way
     it is left exactly as it was, and so are its gradients and the random state.
 
@@ -118,6 +135,7 @@ def summary(
         input_size: Shape of the input, batch included, or a list of shapes of several. Of the
             model's own dtype and device. Give this or ``inputs``.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        types: Classes of layers that a conversion would take, as for :func:`ssprop_patch.convert`.
         drop_rate: Count with this rate.
         schedule: Count the mean over t = 0, 1, ... of this schedule, for ``epochs`` epochs, each t
             with its own number of kept channels. With neither: the model's controller's schedule
@@ -139,15 +157,15 @@ def summary(
         raise ValueError("give drop_rate or schedule, not both")
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module  # their own forward communicates
-    found = plan(model)
-    rows = {row.module: row for row in found if isinstance(row.module, _ConvNd)}
+    found = plan(model, types=types)
+    rows = {row.module: row for row in found if isinstance(row.module, (_ConvNd, nn.Linear))}
     if not rows:
         raise ValueError(f"no convolution in this {type(model).__name__}")
     for row in rows.values():
-        if row.action == "refuse" and not isinstance(row.module, PatchedConv):
+        if row.action == "refuse" and not isinstance(row.module, PatchedLayer):
             raise ValueError(f"{row.name or '(model)'}: {row.reason}")
 
-    policies = {m: m._ssprop_policy for m in rows if isinstance(m, PatchedConv)}
+    policies = {m: m._ssprop_policy for m in rows if isinstance(m, PatchedLayer)}
     labels: dict[str, None] = {}  # an ordered set
 
     @cache
@@ -175,7 +193,7 @@ def summary(
     layers = []
     for call, calls in trace(model, list(rows), input_size, inputs).items():
         module, row = call.module, rows[call.module]
-        each = selectable_channels(call.channels, module.groups)
+        each = selectable_channels(call.channels, getattr(module, "groups", 1))
         policy, frozen = policies.get(module), model.training and not module.training
         if policy is not None and not frozen:
             ks, rate = kept(policy.controller, policy.override, each)

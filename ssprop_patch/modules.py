@@ -1,8 +1,8 @@
 """The patched classes: a subclass of each layer's own class, made on demand and cached.
 
 A layer is patched by assigning its ``__class__``: identity, parameters, hooks and state stay. The
-subclass overrides one method, ``_conv_forward`` of a stock convolution, or ``forward`` of a class
-that writes its own, and keeps the name of the original, for the tools that look at it.
+subclass overrides one method, ``_conv_forward`` of a stock convolution, ``forward`` of any other
+layer, and keeps the name of the original, for the tools that look at it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import operations
+from .autograd import needs_backward, sparse
 from .controller import Policy
-from .functional import DENSE_CONV, needs_backward, sparse_conv
-from .selection import kept_channels, selectable_channels
+from .operations import Operation
+from .selection import kept_channels
 
-STOCK = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+#: The layers of torch that can be patched, and what each calls in its forward.
+LAYERS: dict[type[nn.Module], Operation] = {
+    nn.Conv1d: operations.CONV1D,
+    nn.Conv2d: operations.CONV2D,
+    nn.Conv3d: operations.CONV3D,
+    nn.ConvTranspose1d: operations.CONV_TRANSPOSE1D,
+    nn.ConvTranspose2d: operations.CONV_TRANSPOSE2D,
+    nn.ConvTranspose3d: operations.CONV_TRANSPOSE3D,
+    nn.Linear: operations.LINEAR,
+}
 
 
-class PatchedConv(nn.Module):
+class PatchedLayer(nn.Module):
     """Mixin of all patched classes: what a copy, a pickle and a ``print`` of one need.
 
     ``_ssprop_original`` of the class is the class it was made from; of the instance
@@ -61,27 +72,43 @@ def is_patched_class(cls: type) -> bool:
     return "_ssprop_original" in cls.__dict__
 
 
+def base_layer(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """Return which of :data:`LAYERS` a class is, or None."""
+    return next((base for base in LAYERS if issubclass(cls, base)), None)
+
+
 def has_own_forward(cls: type[nn.Module]) -> bool:
-    """Whether a convolution class computes its forward in another way than torch's."""
-    stock = next(base for base in STOCK if issubclass(cls, base))
-    return cls.forward is not stock.forward or cls._conv_forward is not stock._conv_forward
+    """Whether a layer class computes its forward in another way than torch's."""
+    base = base_layer(cls)
+    if base is None or cls.forward is not base.forward:
+        return True
+    return getattr(cls, "_conv_forward", None) is not getattr(base, "_conv_forward", None)
+
+
+def overrides_forward(cls: type[nn.Module]) -> bool:
+    """Whether patching replaces ``forward``, not the inner step of torch's convolutions."""
+    return has_own_forward(cls) or base_layer(cls) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @functools.cache
 def patched_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of ``cls``, a Conv1d, Conv2d or Conv3d, with a sparse backward."""
-    name, make = ("forward", _own_forward) if has_own_forward(cls) else (
-        "_conv_forward", _stock_forward
-    )  # fmt: skip
+    """Return the subclass of ``cls``, a layer class, with a sparse backward."""
+    base = base_layer(cls)
+    if not overrides_forward(cls):
+        name, method = "_conv_forward", _conv_forward(cls)
+    elif base is nn.Linear and not has_own_forward(cls):
+        name, method = "forward", _linear_forward(cls)
+    else:  # a transposed convolution too, whose forward works out its output padding first
+        name, method = "forward", _own_forward(cls)
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__init__": _ordinary_init(cls),
         "_ssprop_original": cls,
-        name: _readable_by_torchscript(make(cls), getattr(cls, name)),
+        name: _readable_by_torchscript(method, getattr(cls, name)),
     }
-    return type(cls)(cls.__name__, (PatchedConv, cls), namespace)
+    return type(cls)(cls.__name__, (PatchedLayer, cls), namespace)
 
 
 def _ordinary_init(cls: type[nn.Module]) -> Callable[..., None]:
@@ -113,9 +140,8 @@ def _readable_by_torchscript(method: Callable[..., Any], dense: Callable[..., An
 # --- stock forwards ---------------------------------------------------------------------------
 
 
-def _stock_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
-    dims = next(n for base, n in STOCK.items() if issubclass(cls, base))
-    dense_forward = cls._conv_forward
+def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
+    operation, dense_forward = LAYERS[base_layer(cls)], cls._conv_forward
     # Closure variables, not globals: see _readable_by_torchscript.
     dispatch, is_sparse, pad = _dispatch, _is_sparse, F.pad
     proxy, keep_in_graph = torch.fx.Proxy, _keep_in_graph
@@ -130,11 +156,27 @@ def _stock_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return dispatch(
-            dims, policy, input, weight, bias, self.stride, padding, self.dilation, self.groups
-        )
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return dispatch(operation, policy, input, weight, bias, *geometry)
 
     return _conv_forward
+
+
+def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
+    operation, dense_forward = operations.LINEAR, cls.forward
+    dispatch, is_sparse = _dispatch, _is_sparse
+    proxy, keep_in_graph = torch.fx.Proxy, _keep_in_graph
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if isinstance(input, proxy):
+            return keep_in_graph(self, dense_forward, (input,), (input,), {})
+        policy = getattr(self, "_ssprop_policy", None)
+        weight, bias = self.weight, self.bias
+        if policy is None or not is_sparse(self, policy, input, weight, bias):
+            return dense_forward(self, input)
+        return dispatch(operation, policy, input, weight, bias)
+
+    return forward
 
 
 def _is_sparse(
@@ -157,30 +199,22 @@ _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 
 
 
 def _dispatch(
-    dims: int,
-    policy: Policy,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    operation: Operation, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Convolve sparsely as ``policy`` says; densely where it keeps every channel."""
-    channels = selectable_channels(weight.shape[0], groups)
-    geometry = (stride, padding, dilation, groups)
+    """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
+    bias, geometry = operation.arguments(*args, **kwargs)
+    channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
         # Reading the rate here would make one graph per value: the operator reads it by handle.
         if channels > 1 and policy.override != 0.0:
-            return sparse_conv(dims, input, weight, bias, *geometry, handle=policy.handle)
+            return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
     else:
         k = kept_channels(channels, policy.drop_rate)
         if k < channels:
-            return sparse_conv(
-                dims, input, weight, bias, *geometry, k=k, score_fn=policy.score_fn
+            return sparse(
+                operation, input, weight, bias, geometry, k=k, score_fn=policy.score_fn
             )
-    return DENSE_CONV[dims](input, weight, bias, *geometry)
+    return operation.dense(input, weight, *args, **kwargs)
 
 
 # --- forwards of their own --------------------------------------------------------------------
@@ -205,56 +239,69 @@ def _run_own_forward(
     sparse = policy is not None and policy.controller.sparse
     if not (sparse and module.training and torch.is_grad_enabled()) or _is_capturing():
         return dense_forward(module, *args, **kwargs)
-    with _CatchConvolutions(module) as mode:
+    with _Catch(module) as mode:
         out = dense_forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and not mode.caught:
+        names = "/".join(f"torch.nn.functional.{f.__name__}" for f in mode.operations)
         warnings.warn(
-            f"{type(module).__name__}.forward called no torch.nn.functional.conv1d/2d/3d: its "
-            "backward stays dense",
+            f"{type(module).__name__}.forward called no {names}: its backward stays dense",
             stacklevel=3,
         )
     return out
 
 
-class _CatchConvolutions(TorchFunctionMode):
-    """Makes the convolutions that a module's own forward calls sparse.
+class _Catch(TorchFunctionMode):
+    """Makes the convolutions (linear layers, ...) that a module's own forward calls sparse.
 
     What that forward does to the weight before (standardise, scale, mask) stays in autograd.
-    Convolutions inside it, modules of their own, go by their own settings (but one that also
-    writes its own forward and is not converted looks like a part of this one).
+    Layers inside it, modules of their own, go by their own settings (but one that also writes its
+    own forward and is not converted looks like a part of this one).
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.policy = module._ssprop_policy
+        self.operations = _caught_in(type(module))
         self.caught = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.conv2d:
-            dims = 2
-        elif func is F.conv1d:
-            dims = 1
-        elif func is F.conv3d:
-            dims = 3
-        else:
+        operation = self.operations.get(func)
+        if operation is None:
             return func(*args, **kwargs)
         weight = kwargs["weight"] if "weight" in kwargs else args[1]
         if any(weight is p for child in self.module.children() for p in child.parameters()):
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():  # which does not model a mode's attributes
             self.caught = True
-        return _catch(dims, self.policy, *args, **kwargs)
+        return _catch(operation, self.policy, *args, **kwargs)
 
 
-def _catch(dims: int, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any):
+def _caught_in(cls: type[nn.Module]) -> dict[Any, Operation]:
+    """Return which functions are caught in the forward of ``cls``.
+
+    Those of its own kind only: a convolution may use a linear layer to make its weight.
+    """
+    base = base_layer(cls)
+    if base is None or LAYERS[base] in operations.CONVOLUTIONS:
+        found = operations.CONVOLUTIONS
+    elif LAYERS[base].transposed:
+        found = operations.TRANSPOSED_CONVOLUTIONS
+    else:
+        found = (operations.LINEAR,)
+    return {operation.dense: operation for operation in found}
+
+
+def _catch(
+    operation: Operation, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     bias = args[0] if args else kwargs.get("bias")
     if policy.controller.sparse and needs_backward(input, weight, bias):
-        return _dispatch(dims, policy, input, weight, *args, **kwargs)
-    return DENSE_CONV[dims](input, weight, *args, **kwargs)
+        return _dispatch(operation, policy, input, weight, *args, **kwargs)
+    return operation.dense(input, weight, *args, **kwargs)
 
 
 # --- torch.fx ---------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ up when it runs, so that a rate that changes needs neither a new graph nor a gua
 from __future__ import annotations
 
 import itertools
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from .backward import ConvParams, sparse_backward
+from . import backward
+from .backward import ConvParams, Grads
 from .selection import ScoreFn, kept_channels, selectable_channels
 
 
@@ -53,14 +55,18 @@ def source(handle: int) -> RateSource:
 
 
 _lib = torch.library.Library("ssprop_patch", "DEF")
-_lib.define(
-    "conv_backward(Tensor dy, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, "
-    "int groups, int handle, bool[] mask) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
-def _impl(
+def _define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an operator and return it."""
+    name = schema.partition("(")[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ssprop_patch::{name}", fake, lib=_lib)
+    return getattr(torch.ops.ssprop_patch, name)
+
+
+def _conv_backward(
     dy: Tensor,
     x: Tensor,
     w: Tensor,
@@ -68,43 +74,85 @@ def _impl(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    transposed: bool,
+    output_padding: list[int],
     handle: int,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     policy = source(handle)
-    params = ConvParams(tuple(stride), tuple(padding), tuple(dilation), groups)
-    k = kept_channels(selectable_channels(w.shape[0], groups), policy.drop_rate)
-    grads = sparse_backward(dy, x, w, params, k, policy.score_fn, tuple(mask))
+    params = ConvParams(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
+    channels = selectable_channels(params.out_channels(w), groups)
+    k = kept_channels(channels, policy.drop_rate)
+    grads = backward.sparse_backward(dy, x, w, params, k, policy.score_fn, tuple(mask))
+    return _promised(grads, x, w)
+
+
+def _conv_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    handle: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _shapes(x, w, dy.shape[1], mask)
+
+
+def _linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, handle: int, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    policy = source(handle)
+    k = kept_channels(w.shape[0], policy.drop_rate)
+    grads = backward.linear_backward(dy, x, w, k, policy.score_fn, tuple(mask))
+    dx = x if grads[0] is None else grads[0]  # contiguous, whatever the strides of x
+    return _promised(grads, dx, w)
+
+
+def _linear_backward_fake(
+    dy: Tensor, x: Tensor, w: Tensor, handle: int, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _shapes(x.new_empty(x.shape) if mask[0] else x, w, w.shape[0], mask)
+
+
+def _shapes(
+    x: Tensor, w: Tensor, channels: int, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    # An operator cannot return None: what is not needed is an empty tensor.
+    dx = torch.empty_like(x) if mask[0] else x.new_empty(0)
+    dw = torch.empty_like(w) if mask[1] else w.new_empty(0)
+    db = w.new_empty(channels) if mask[2] else w.new_empty(0)
+    return dx, dw, db
+
+
+def _promised(grads: Grads, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``grads`` with the shapes and strides that :func:`_shapes` tells the compiler."""
     like = (x, w, w.new_empty(0) if grads[2] is None else grads[2])
     return tuple(
         t.new_empty(0) if g is None else _restride(g, t) for g, t in zip(grads, like, strict=True)
     )
 
 
-def _fake(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    handle: int,
-    mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    # An operator cannot return None: what is not needed is an empty tensor.
-    dx = torch.empty_like(x) if mask[0] else x.new_empty(0)
-    dw = torch.empty_like(w) if mask[1] else w.new_empty(0)
-    db = w.new_empty(w.shape[0]) if mask[2] else w.new_empty(0)
-    return dx, dw, db
-
-
 def _restride(grad: Tensor, like: Tensor) -> Tensor:
-    """Return ``grad`` with the strides that :func:`_fake` promised the compiler."""
     return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
-_lib.impl("conv_backward", _impl, "CompositeExplicitAutograd")
-torch.library.register_fake("ssprop_patch::conv_backward", _fake, lib=_lib)
-
-conv_backward = torch.ops.ssprop_patch.conv_backward
+conv_backward = _define(
+    "conv_backward(Tensor dy, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, "
+    "int groups, bool transposed, int[] output_padding, int handle, bool[] mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    _conv_backward,
+    _conv_backward_fake,
+)
+linear_backward = _define(
+    "linear_backward(Tensor dy, Tensor x, Tensor w, int handle, bool[] mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
+)

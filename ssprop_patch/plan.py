@@ -1,4 +1,4 @@
-"""What a conversion does to each convolution of a model, and why: decided before it is done."""
+"""What a conversion does to each layer of a model, and why: decided before it is done."""
 
 from __future__ import annotations
 
@@ -10,18 +10,31 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._validate import check_drop_rate
-from .modules import STOCK, PatchedConv, has_own_forward, is_patched_class, original_class
+from .modules import (
+    LAYERS,
+    PatchedLayer,
+    base_layer,
+    has_own_forward,
+    is_patched_class,
+    original_class,
+    overrides_forward,
+)
 
 FilterFn = Callable[[nn.Module, str], bool]
+Types = type[nn.Module] | Sequence[type[nn.Module]]
+
+#: What is converted unless other classes are named.
+DEFAULT_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One convolution.
+    """One layer.
 
     Attributes:
         name: Fully qualified name, ``""`` for the model itself; the first, where it has several.
@@ -73,7 +86,7 @@ class Plan:
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
         lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in cells]
         lines.append(
-            f"{len(self.rows)} convolutions: {len(self.converted)} to convert, "
+            f"{len(self.rows)} layers: {len(self.converted)} to convert, "
             f"{len(self.skipped)} stay dense"
             + (f", {len(self.refused)} refused" if self.refused else "")
         )
@@ -83,32 +96,37 @@ class Plan:
 def plan(
     model: nn.Module,
     *,
+    types: Types = DEFAULT_TYPES,
     filter_fn: FilterFn | None = None,
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Say what :func:`ssprop_patch.convert` would do to each convolution, and change nothing.
+    """Say what :func:`ssprop_patch.convert` would do to each layer, and change nothing.
 
     Args:
         model: Any module, converted or not.
-        filter_fn: ``filter_fn(module, name) -> bool``: False leaves a convolution dense.
-        exclude: Patterns of convolutions to leave dense. A pattern is the exact name of a
-            convolution or of a module around it, the end of a name (``"conv1"`` means every
+        types: Classes of layers to convert, subclasses included, as for
+            :func:`ssprop_patch.convert`.
+        filter_fn: ``filter_fn(module, name) -> bool``: False leaves a layer dense.
+        exclude: Patterns of layers to leave dense. A pattern is the exact name of a
+            layer or of a module around it, the end of a name (``"conv1"`` means every
             ``*.conv1`` too), or a regular expression for the whole name (``"^conv1$"`` means the
             stem alone).
         overrides: ``{pattern: rate}``, rates of their own for some layers, in force whenever the
             controller's rate is above 0. The first pattern that matches counts.
 
     Returns:
-        The plan, with a row for every convolution, in the order of ``model.modules()``.
+        The plan, with a row for every convolution and every layer of ``types``, in the order of
+        ``model.modules()``.
 
     Raises:
-        TypeError: If ``model`` is not a module, or a pattern not text.
-        ValueError: If a pattern matches no convolution (the nearest names are shown), or a rate
-            is not in [0, 1).
+        TypeError: If ``model`` is not a module, a pattern not text, or ``types`` not classes.
+        ValueError: If a pattern matches no layer of the plan (the nearest names are shown), a rate
+            is not in [0, 1), or one of ``types`` cannot have a sparse backward.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    types = _check_types(types)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     overrides = {
         pattern: check_drop_rate(rate, f"overrides[{pattern!r}]")
@@ -117,12 +135,16 @@ def plan(
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    convolutions = {m: aliases for m, aliases in names.items() if _looks_like_convolution(m)}
-    _check_patterns((*exclude, *overrides), convolutions)
+    layers = {
+        m: aliases
+        for m, aliases in names.items()
+        if isinstance(m, (*types, PatchedLayer)) or _looks_like_convolution(m)
+    }
+    _check_patterns((*exclude, *overrides), layers)
 
     rows = []
-    for module, aliases in convolutions.items():
-        action, reason = _judge(module)
+    for module, aliases in layers.items():
+        action, reason = _judge(module, types)
         rate = None
         if action == "convert":
             excluded = next((p for p in exclude if _matches(p, aliases)), None)
@@ -139,9 +161,11 @@ def plan(
     return Plan(tuple(rows))
 
 
-def _judge(module: nn.Module) -> tuple[Literal["convert", "skip", "refuse"], str]:
+def _judge(
+    module: nn.Module, types: tuple[type[nn.Module], ...]
+) -> tuple[Literal["convert", "skip", "refuse"], str]:
     cls = type(module)
-    if isinstance(module, PatchedConv) and not is_patched_class(cls):
+    if isinstance(module, PatchedLayer) and not is_patched_class(cls):
         return "refuse", (
             f"{cls.__name__} was put on after conversion: take it off first (for parametrizations "
             "torch.nn.utils.parametrize.remove_parametrizations), then convert or revert"
@@ -151,19 +175,42 @@ def _judge(module: nn.Module) -> tuple[Literal["convert", "skip", "refuse"], str
         return "refuse", "lazy: run one forward first, so that it gets its shape and its class"
     if isinstance(module, torch.jit.ScriptModule):
         return "skip", "TorchScript: convert before scripting"
-    if issubclass(cls, _ConvTransposeNd):
-        return "skip", "transposed convolution"
-    if not issubclass(cls, tuple(STOCK)):
-        return "skip", "not a Conv1d, Conv2d or Conv3d: computes its convolution in its own way"
-    if module.out_channels == 1:
+    base = base_layer(cls)
+    if not isinstance(module, types):
+        if base is None:
+            return "skip", "not a Conv1d, Conv2d or Conv3d: computes its convolution in its own way"
+        kind = "transposed convolution: " if LAYERS[base].transposed else ""
+        return "skip", f"{kind}nn.{base.__name__} is not among types"
+    if getattr(module, "out_features" if base is nn.Linear else "out_channels", None) == 1:
         return "skip", "one output channel: nothing to choose from"
     if any(p.is_complex() for p in module.parameters()):
         return "skip", "complex weights"
+    if issubclass(cls, NonDynamicallyQuantizableLinear):
+        return "skip", "nn.MultiheadAttention reads its weight and never calls it"
+    if overrides_forward(cls) and "forward" in vars(module):
+        return "skip", "its forward is wrapped on the instance: convert before it is wrapped"
     if not has_own_forward(cls):
         return "convert", "stock forward"
-    if "forward" in vars(module):
-        return "skip", "own forward, wrapped on the instance: convert before it is wrapped"
-    return "convert", "own forward: its calls of F.conv are caught"
+    caught = "F.linear" if base is nn.Linear else "F.conv"
+    return "convert", f"own forward: its calls of {caught} are caught"
+
+
+def _check_types(types: Types) -> tuple[type[nn.Module], ...]:
+    found = (types,) if isinstance(types, type) else tuple(types)
+    for cls in found:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"types must be classes of layers, got {cls!r}")
+        # A layer of another library that computes its convolution with torch's functions may be
+        # named; whether it does shows when it runs, and a warning says so where it does not.
+        if base_layer(cls) is None and "conv" not in cls.__name__.lower():
+            names = ", ".join(f"nn.{base.__name__}" for base in LAYERS)
+            raise ValueError(
+                f"types: {cls.__name__} has no sparse backward; there is one for {names}, their "
+                "subclasses, and other classes of convolutions"
+            )
+    if not found:
+        raise ValueError("types is empty: name at least one class of layers, such as nn.Conv2d")
+    return found
 
 
 def _looks_like_convolution(module: nn.Module) -> bool:
@@ -197,16 +244,16 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 def _check_patterns(
-    patterns: Sequence[str], convolutions: Mapping[nn.Module, Sequence[str]]
+    patterns: Sequence[str], layers: Mapping[nn.Module, Sequence[str]]
 ) -> None:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"a pattern must be text, got {pattern!r}")
-        if any(_matches(pattern, aliases) for aliases in convolutions.values()):
+        if any(_matches(pattern, aliases) for aliases in layers.values()):
             continue
-        names = [name for aliases in convolutions.values() for name in aliases]
+        names = [name for aliases in layers.values() for name in aliases]
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
         raise ValueError(
-            f"the pattern {pattern!r} matches no convolution of the model; the nearest names are "
-            f"{', '.join(map(repr, near)) or 'none, as it has no convolution'}"
+            f"the pattern {pattern!r} matches no layer to convert; the nearest names are "
+            f"{', '.join(map(repr, near)) or 'none, as there is no such layer'}"
         )

@@ -11,14 +11,14 @@ from .trace import Shape
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """One convolution, all its calls of these shapes in one training step.
+    """One layer, all its calls of these shapes in one training step.
 
     Attributes:
         name: Fully qualified name.
         cls: Name of its class.
         calls: How often it runs in one forward pass; the FLOPs are of all of them.
         input_shape: Of one call.
-        weight_shape: (C_out, C_in / groups, *kernel).
+        weight_shape: (C_out, C_in / groups, *kernel) of a convolution.
         output_shape: Of one call.
         kept: Output channels kept; the fewest, where a schedule is averaged over.
         channels: C_out.
@@ -47,7 +47,7 @@ class LayerFlops:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """FLOPs of the convolutions of a model in one training step; prints as a table.
+    """FLOPs of the layers of a model in one training step; prints as a table.
 
     Attributes:
         layers: A row per convolution and shape, in order of the first call.
@@ -110,7 +110,7 @@ class Summary:
         lines.append(f"sparse backward: {self.rate}")
         lines.append(f"saved: {100 * self.backward_saved:.1f} % of the backward FLOPs, "
                      f"{100 * self.total_saved:.1f} % of forward + backward")
-        lines.append("convolution modules only: linear layers, norms and the rest are not counted")
+        lines.append("these layers only: norms, activations and all other layers are not counted")
         if self.not_counted:
             names = ", ".join(self.not_counted[:3]) + ", ..." * (len(self.not_counted) > 3)
             lines.append(f"nor are {len(self.not_counted)} that convolve in their own way: {names}")

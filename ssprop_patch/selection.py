@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Takes the gradient of a convolution's output, shape (N, C_out, *spatial), and returns one score
-#: per output channel, shape (C_out,). The channels with the largest scores are kept.
+#: Takes the gradient of a layer's output, shape (N, C_out, *spatial), (rows, features) for a
+#: linear layer, and returns one score per output channel, shape (C_out,). The channels with the
+#: largest scores are kept.
 ScoreFn = Callable[[Tensor], Tensor]
 Selection = Literal["l1", "l2", "random"] | ScoreFn
 
@@ -54,7 +55,8 @@ def _channel_sum(dy: Tensor, power: Callable[[Tensor], Tensor]) -> Tensor:
     for part in dy.split(samples):
         part = power(part.to(_accumulation_dtype(dy)))
         # Contiguous: along the rows first, which is the fastest order there.
-        part = part.flatten(2).sum(2).sum(0) if part.is_contiguous() else part.sum(dims)
+        by_rows = part.dim() > 2 and part.is_contiguous()
+        part = part.flatten(2).sum(2).sum(0) if by_rows else part.sum(dims)
         total = part if total is None else total.add_(part)
     return total
 
@@ -71,7 +73,7 @@ def _vector_norm(dy: Tensor, order: int) -> Tensor:
 
 def _sum_on_cpu(dy: Tensor) -> bool:
     # A traced sum (torch.compile) is one fused loop: no parts, no Python loop over the batch.
-    return dy.device.type == "cpu" and dy.dim() > 2 and not torch.compiler.is_compiling()
+    return dy.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def l1_scores(dy: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which convolutions a model runs, on what shapes: found without touching the model."""
+"""Which layers a model runs, on what shapes: found without touching the model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Needs = tuple[bool, bool, bool]
 
 
 @dataclass(frozen=True)
-class ConvCall:
-    """One call of a convolution module, as far as its cost depends on it."""
+class LayerCall:
+    """One call of a layer, as far as its cost depends on it."""
 
     module: nn.Module
     input_shape: Shape
@@ -43,14 +43,15 @@ class ConvCall:
     @property
     def macs(self) -> int:
         """Multiply-adds; a transposed convolution applies its kernel at each input position."""
-        at = self.input_shape if self.module.transposed else self.output_shape
+        transposed = getattr(self.module, "transposed", False)
+        at = self.input_shape if transposed else self.output_shape
         return prod(at) // at[1 - len(self.weight_shape)] * prod(self.weight_shape)
 
 
 def trace(
-    model: nn.Module, convolutions: Sequence[nn.Module], input_size: Any, inputs: Any
-) -> Counter[ConvCall]:
-    """Return the calls of ``convolutions`` in one forward pass, in order, with their number.
+    model: nn.Module, layers: Sequence[nn.Module], input_size: Any, inputs: Any
+) -> Counter[LayerCall]:
+    """Return the calls of ``layers`` in one forward pass, in order, with their number.
 
     Raises:
         TypeError, ValueError: As :func:`ssprop_patch.summary`.
@@ -60,7 +61,7 @@ def trace(
     # Without data first, which is fast, needs no memory and cannot change a value. A model that
     # wants targets in training mode may run in eval mode, and one that looks at values only there.
     for fake, training in ((True, True), (True, False), (False, False)):
-        calls: Counter[ConvCall] = Counter()
+        calls: Counter[LayerCall] = Counter()
         as_is = training and model.training
         with _untouched(model), torch.inference_mode(False), torch.enable_grad():
             for module in model.modules():
@@ -69,7 +70,7 @@ def trace(
                 if fake:  # observers, not part of the computation, as the pre-hooks may be
                     for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
                         vars(module)[name] = OrderedDict()
-            for module in convolutions:
+            for module in layers:
                 vars(module)["forward"] = _recorded(module, calls)
             try:
                 _run(model, make, fake)
@@ -81,7 +82,7 @@ def trace(
     ) from error
 
 
-def _recorded(module: nn.Module, calls: Counter[ConvCall]) -> Callable[..., Any]:
+def _recorded(module: nn.Module, calls: Counter[LayerCall]) -> Callable[..., Any]:
     forward = module.forward  # not a hook, so that a call of .forward counts too
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +92,7 @@ def _recorded(module: nn.Module, calls: Counter[ConvCall]) -> Callable[..., Any]
         tensors = (x, module.weight, module.bias)
         needs = tuple(y.requires_grad and t is not None and t.requires_grad for t in tensors)
         shapes = (tuple(t.shape) for t in (x, module.weight, y))
-        calls[ConvCall(module, *shapes, needs)] += 1
+        calls[LayerCall(module, *shapes, needs)] += 1
         return out
 
     return recorded

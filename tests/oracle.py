@@ -2,7 +2,7 @@
 
 The kept channels by sorting a Python list, the gradients by the dense ``aten.convolution_backward``
 on a gradient whose other channels are zero, padding strings by padding the input, and a whole
-network by masking the gradient of every convolution's output. Nothing of ssprop_patch is used.
+network by masking the gradient of every layer's output. Nothing of ssprop_patch is used.
 """
 
 import contextlib
@@ -15,6 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 # --- the choice -------------------------------------------------------------------------------
@@ -144,7 +148,14 @@ class Record:
     gap: float = math.inf
 
 
-class _MaskConvolutions(TorchFunctionMode):
+def functions_of(module):
+    """The functions that make a layer's output from its input."""
+    if isinstance(module, nn.Linear):
+        return (F.linear,)
+    return tuple((CONV_TRANSPOSE if isinstance(module, TRANSPOSED) else CONV).values())
+
+
+class _MaskLayers(TorchFunctionMode):
     def __init__(self, drop_rate, record, inside):
         super().__init__()
         self.drop_rate, self.record, self.inside = drop_rate, record, inside
@@ -152,8 +163,11 @@ class _MaskConvolutions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         y = func(*args, **kwargs)
-        if func not in CONV.values() or not self.inside or not self.inside[-1].training:
+        layer = self.inside[-1] if self.inside else None
+        if layer is None or not layer.training or func not in functions_of(layer):
             return y
+        # After input, weight, bias, stride and padding a transposed convolution takes its output
+        # padding and then the groups, an ordinary one its dilation and then the groups.
         groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
         batched = y.dim() == (args[1] if len(args) > 1 else kwargs["weight"]).dim()
 
@@ -164,17 +178,20 @@ class _MaskConvolutions(TorchFunctionMode):
             self.record.gap = min(self.record.gap, choice.gap)
             return choice.keep
 
+        if func is F.linear:
+            rows = _MaskGradient.apply(y.reshape(-1, y.shape[-1]), choose_from)
+            return rows.view(y.shape)
         if batched:
             return _MaskGradient.apply(y, choose_from)
         return _MaskGradient.apply(y[None], choose_from)[0]
 
 
 @contextlib.contextmanager
-def network(model, drop_rate):
-    """Give every Conv1d/2d/3d module of an unconverted model a masked gradient; yield a Record.
+def network(model, drop_rate, types=CONVOLUTIONS):
+    """Give every layer of ``types`` in an unconverted model a masked gradient; yield a Record.
 
-    Around the forward; the backward may come later. Calls of ``F.conv*d`` from outside of such a
-    module stay as they are.
+    Around the forward; the backward may come later. Calls of ``F.conv*d`` and the like from outside
+    of such a layer stay as they are.
     """
     record, inside = Record(), []
 
@@ -186,11 +203,11 @@ def network(model, drop_rate):
 
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, types):
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with _MaskConvolutions(drop_rate, record, inside):
+        with _MaskLayers(drop_rate, record, inside):
             yield record
     finally:
         for handle in handles:

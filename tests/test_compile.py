@@ -352,10 +352,39 @@ def test_the_operator_returns_what_it_promises_the_compiler(
         for t, last in zip((dy, x, w), layouts, strict=True)
     )
     handle = opaque.register(rate := Rate())
-    geometry = ([stride] * 2, [0, 0], [1, 1], groups)
+    geometry = ([stride] * 2, [0, 0], [1, 1], groups, False, [0, 0])
     arguments = (dy, x, w, *geometry, handle, [bool(n) for n in needed])
     torch.library.opcheck(
         opaque.conv_backward, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+    del rate
+
+
+@pytest.mark.parametrize("needed", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_operator_keeps_its_promise_for_transposed_convolutions(groups, needed):
+    x, w = torch.randn(2, 8, 5, 5), torch.randn(8, 8 // groups, 3, 3)
+    dy = torch.randn(F.conv_transpose2d(x, w, None, 2, 1, 1, groups).shape)
+    handle = opaque.register(rate := Rate())
+    geometry = ([2, 2], [1, 1], [1, 1], groups, True, [1, 1])
+    arguments = (dy, x, w, *geometry, handle, [bool(n) for n in needed])
+    torch.library.opcheck(
+        opaque.conv_backward, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+    del rate
+
+
+@pytest.mark.parametrize("needed", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3, 4)])
+def test_the_linear_operator_returns_what_it_promises(leading, permuted, needed):
+    x, w, dy = torch.randn(*leading, 4), torch.randn(8, 4), torch.randn(*leading, 8)
+    if permuted and len(leading) > 1:
+        x, dy = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, dy))
+    handle = opaque.register(rate := Rate())
+    arguments = (dy, x, w, handle, [bool(n) for n in needed])
+    torch.library.opcheck(
+        opaque.linear_backward, arguments, test_utils=("test_schema", "test_faketensor")
     )
     del rate
 

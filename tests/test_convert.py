@@ -870,7 +870,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest():
         ssp.convert(make(), exclude="layer2.conv_1")
     assert "'layer2.conv_1'" in str(caught.value) and "'layer2.conv1'" in str(caught.value)
     assert "'stem'" not in str(caught.value)
-    with pytest.raises(ValueError, match="no convolution"):
+    with pytest.raises(ValueError, match="no layer to convert"):
         ssp.convert(nn.Linear(2, 2), exclude="x")
 
 

@@ -159,7 +159,7 @@ def test_torchs_counter_knows_the_opaque_operator():
 
     source = Source()
     dy, x, w = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
-    geometry = ([1, 1], [1, 1], [1, 1], 1, opaque.register(source))
+    geometry = ([1, 1], [1, 1], [1, 1], 1, False, [0, 0], opaque.register(source))
     for mask in ([True, True, True], [False, True, False]):
         with FlopCounterMode(display=False) as counter:
             opaque.conv_backward(dy, x, w, *geometry, mask)
@@ -536,7 +536,7 @@ def test_prints_as_an_aligned_table_and_goes_to_json():
         f"saved: {100 * s.backward_saved:.1f} % of the backward FLOPs, "
         f"{100 * s.total_saved:.1f} % of forward + backward"
     )
-    assert "convolution modules only" in lines[9]
+    assert "these layers only" in lines[9]
     assert repr(s) == str(s)
     data = json.loads(json.dumps(s.to_dict()))
     assert data["sparse_backward"] == s.sparse_backward == sum(

@@ -439,7 +439,7 @@ def test_the_dense_code_path_where_every_channel_is_kept(why, shape, groups, rat
 
 def test_the_dense_code_path_where_nobody_wants_a_gradient():
     x, w = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
-    with mock.patch.object(functional, "sparse_conv", side_effect=AssertionError):
+    with mock.patch.object(functional, "sparse", side_effect=AssertionError):
         assert functional.conv2d(x, w, drop_rate=0.8).grad_fn is None
         with torch.no_grad():
             functional.conv2d(x, w.requires_grad_(), drop_rate=0.8)

@@ -1,0 +1,246 @@
+"""The autograd functions: a forward that is torch's own, and a sparse backward.
+
+In eager mode the backward is plain Python; under torch.compile it is an opaque operator.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import opaque
+from .backward import ConvParams, linear_backward, sparse_backward
+from .operations import Geometry, Operation, Size
+from .selection import ScoreFn
+
+
+def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd will ask this layer for any gradient."""
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+
+
+def sparse(
+    operation: Operation,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    *,
+    k: int = 0,
+    score_fn: ScoreFn | None = None,
+    handle: int | None = None,
+) -> Tensor:
+    """Run ``operation``; in the backward keep ``k`` channels, or what ``handle`` says by then.
+
+    Args:
+        k: Channels to keep of each choice.
+        score_fn: Scores the channels.
+        handle: Instead of ``k`` and ``score_fn``: a registered source of both, see
+            :mod:`ssprop_patch.opaque`. For torch.compile, which would make one graph per ``k``.
+
+    Raises:
+        TypeError: If the tensors are complex.
+        RuntimeError: Inside a torch.func transform.
+    """
+    if weight.dtype.is_complex:
+        raise TypeError(
+            f"the sparse backward takes real tensors, got {weight.dtype}; use drop_rate=0, or "
+            "exclude the layer"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the sparse backward does not work inside torch.func transforms (grad, vmap, jvp, "
+            "...): wrap the call in ssprop_patch.dense(model), use model.eval(), or drop_rate=0"
+        )
+    device_type = input.device.type
+    if _is_autocasting(device_type):
+        # Cast what autocast would, but outside the Function, so that autograd casts back.
+        dtype = torch.get_autocast_dtype(device_type)
+        input, weight = _cast(input, dtype, device_type), _cast(weight, dtype, device_type)
+        bias = None if bias is None else _cast(bias, dtype, device_type)
+    if operation.dims == 0:
+        if handle is None:
+            return _SparseLinear.apply(input, weight, bias, k, score_fn)
+        return _OpaqueSparseLinear.apply(input, weight, bias, handle)
+    return _convolve(operation, input, weight, bias, geometry, k, score_fn, handle)
+
+
+def _is_autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta: an error
+
+
+def _cast(t: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
+    eligible = t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device_type
+    return t.to(dtype) if eligible else t
+
+
+def _convolve(
+    operation: Operation,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    k: int,
+    score_fn: ScoreFn | None,
+    handle: int | None,
+) -> Tensor:
+    dims = operation.dims
+    unbatched = input.dim() == dims + 1
+    if unbatched:
+        input = input.unsqueeze(0)
+    stride, dilation = _ntuple(geometry.stride, dims), _ntuple(geometry.dilation, dims)
+    padding = geometry.padding
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(padding, input, weight, stride, dilation)
+    params = ConvParams(
+        stride, _ntuple(padding, dims), dilation, geometry.groups,
+        operation.transposed, _ntuple(geometry.output_padding, dims),
+    )  # fmt: skip
+    if handle is None:
+        out = _SparseConv.apply(input, weight, bias, params, k, score_fn)
+    else:
+        out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
+    return out.squeeze(0) if unbatched else out
+
+
+def _ntuple(value: Size, n: int) -> tuple[int, ...]:
+    if isinstance(value, (tuple, list)):
+        return tuple(value) if len(value) == n else tuple(value) * n
+    return (operator.index(value),) * n
+
+
+def _resolve_padding(
+    padding: str, input: Tensor, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return input and padding numbers that do what torch's padding string does."""
+    if padding == "valid":
+        return input, (0,) * len(stride)
+    if padding != "same":
+        raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+    if any(s != 1 for s in stride):
+        raise ValueError("padding='same' is not supported for strided convolutions")
+    total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(n % 2 for n in total):  # torch puts the odd one behind
+        input = F.pad(input, [n for odd in reversed(total) for n in (0, odd % 2)])
+    return input, tuple(n // 2 for n in total)
+
+
+def _convolution(x: Tensor, w: Tensor, b: Tensor | None, p: ConvParams) -> Tensor:
+    return torch.convolution(
+        x, w, b, p.stride, p.padding, p.dilation, p.transposed, p.output_padding, p.groups
+    )
+
+
+class _SparseConv(torch.autograd.Function):
+    """The rate is fixed in the forward, so that no later change tears one layer's pass apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        params: ConvParams,
+        k: int,
+        score_fn: ScoreFn,
+    ) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.config = params, k, score_fn
+        return _convolution(x, w, b, params)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        mask = tuple(ctx.needs_input_grad[:3])
+        return *_outside_of_autocast(sparse_backward, dy, x, w, *ctx.config, mask), None, None, None
+
+
+class _SparseLinear(torch.autograd.Function):
+    """As :class:`_SparseConv`, of ``F.linear``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, k: int, score_fn: ScoreFn
+    ) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.config = k, score_fn
+        return F.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        mask = tuple(ctx.needs_input_grad[:3])
+        return *_outside_of_autocast(linear_backward, dy, x, w, *ctx.config, mask), None, None
+
+
+def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
+    if not _is_autocasting(dy.device.type):
+        return backward(dy, *args)
+    with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
+        return backward(dy, *args)
+
+
+class _OpaqueSparseConv(torch.autograd.Function):
+    """For torch.compile: an opaque operator asks for the rate when the backward runs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        transposed: bool,
+        output_padding: tuple[int, ...],
+        handle: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.config = stride, padding, dilation, groups, transposed, output_padding, handle
+        params = ConvParams(stride, padding, dilation, groups, transposed, output_padding)
+        return _convolution(x, w, b, params)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        mask = [need_x, need_w, need_b]
+        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.config, mask)
+        return (
+            dx if need_x else None,
+            dw if need_w else None,
+            db if need_b else None,
+            None, None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+class _OpaqueSparseLinear(torch.autograd.Function):
+    """As :class:`_OpaqueSparseConv`, of ``F.linear``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, handle: int) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.handle = handle
+        return F.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dx, dw, db = opaque.linear_backward(dy, x, w, ctx.handle, [need_x, need_w, need_b])
+        return (
+            dx if need_x else None,
+            dw if need_w else None,
+            db if need_b else None,
+            None,
+        )
