@@ -6,6 +6,7 @@
 from .controller import SparsityController, get_controller
 from .convert import convert, converted, is_converted, revert
 from .flops import Summary, summary
+from .metering import Meter, MeterReport
 from .plan import Plan, plan
 from .schedules import (
     BarSchedule,
@@ -27,6 +28,8 @@ __all__ = [
     "CosineSchedule",
     "LambdaSchedule",
     "LinearSchedule",
+    "Meter",
+    "MeterReport",
     "Plan",
     "Schedule",
     "SequentialSchedule",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import opaque
-from .backward import ConvParams, linear_backward, sparse_backward
+from .backward import ConvParams, Record, linear_backward, sparse_backward
 from .operations import Geometry, Operation, Size
 from .selection import ScoreFn
 
@@ -27,6 +27,11 @@ def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def in_torch_func() -> bool:
+    """Whether a torch.func transform is running: no classic autograd function works there."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def sparse(
     operation: Operation,
     input: Tensor,
@@ -36,6 +41,7 @@ def sparse(
     *,
     k: int = 0,
     score_fn: ScoreFn | None = None,
+    record: Record | None = None,
     handle: int | None = None,
 ) -> Tensor:
     """Run ``operation``; in the backward keep ``k`` channels, or what ``handle`` says by then.
@@ -43,7 +49,8 @@ def sparse(
     Args:
         k: Channels to keep of each choice.
         score_fn: Scores the channels.
-        handle: Instead of ``k`` and ``score_fn``: a registered source of both, see
+        record: Is told of this call.
+        handle: Instead of these three: a registered source of them, see
             :mod:`ssprop_patch.opaque`. For torch.compile, which would make one graph per ``k``.
 
     Raises:
@@ -55,7 +62,7 @@ def sparse(
             f"the sparse backward takes real tensors, got {weight.dtype}; use drop_rate=0, or "
             "exclude the layer"
         )
-    if torch._C._are_functorch_transforms_active():
+    if in_torch_func():
         raise RuntimeError(
             "the sparse backward does not work inside torch.func transforms (grad, vmap, jvp, "
             "...): wrap the call in ssprop_patch.dense(model), use model.eval(), or drop_rate=0"
@@ -68,9 +75,9 @@ def sparse(
         bias = None if bias is None else _cast(bias, dtype, device_type)
     if operation.dims == 0:
         if handle is None:
-            return _SparseLinear.apply(input, weight, bias, k, score_fn)
+            return _SparseLinear.apply(input, weight, bias, k, score_fn, record)
         return _OpaqueSparseLinear.apply(input, weight, bias, handle)
-    return _convolve(operation, input, weight, bias, geometry, k, score_fn, handle)
+    return _convolve(operation, input, weight, bias, geometry, k, score_fn, record, handle)
 
 
 def _is_autocasting(device_type: str) -> bool:
@@ -90,6 +97,7 @@ def _convolve(
     geometry: Geometry,
     k: int,
     score_fn: ScoreFn | None,
+    record: Record | None,
     handle: int | None,
 ) -> Tensor:
     dims = operation.dims
@@ -105,7 +113,7 @@ def _convolve(
         operation.transposed, _ntuple(geometry.output_padding, dims),
     )  # fmt: skip
     if handle is None:
-        out = _SparseConv.apply(input, weight, bias, params, k, score_fn)
+        out = _SparseConv.apply(input, weight, bias, params, k, score_fn, record)
     else:
         out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
     return out.squeeze(0) if unbatched else out
@@ -151,16 +159,22 @@ class _SparseConv(torch.autograd.Function):
         params: ConvParams,
         k: int,
         score_fn: ScoreFn,
+        record: Record | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.config = params, k, score_fn
-        return _convolution(x, w, b, params)
+        ctx.record = record
+        y = _convolution(x, w, b, params)
+        if record is not None:
+            record.forward(x, w, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         mask = tuple(ctx.needs_input_grad[:3])
-        return *_outside_of_autocast(sparse_backward, dy, x, w, *ctx.config, mask), None, None, None
+        grads = _outside_of_autocast(sparse_backward, dy, x, w, *ctx.config, mask, ctx.record)
+        return *grads, None, None, None, None
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -168,17 +182,28 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, k: int, score_fn: ScoreFn
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        k: int,
+        score_fn: ScoreFn,
+        record: Record | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.config = k, score_fn
-        return F.linear(x, w, b)
+        ctx.record = record
+        y = F.linear(x, w, b)
+        if record is not None:
+            record.forward(x, w, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         mask = tuple(ctx.needs_input_grad[:3])
-        return *_outside_of_autocast(linear_backward, dy, x, w, *ctx.config, mask), None, None
+        grads = _outside_of_autocast(linear_backward, dy, x, w, *ctx.config, mask, ctx.record)
+        return *grads, None, None, None
 
 
 def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:

@@ -8,7 +8,7 @@ kernel) is a matter of speed, chosen per call by :func:`choose_kernel`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,21 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 Mask = tuple[bool, bool, bool]
 
 
+class Record(Protocol):
+    """What is told of each call of a layer that is being metered."""
+
+    def forward(self, x: Tensor, w: Tensor, y: Tensor) -> None:
+        """A forward pass ran."""
+
+    def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Mask) -> None:
+        """A backward pass ran, with ``k`` channels of each choice."""
+
+    def selected(self, index: Tensor) -> None:
+        """The kept channels, in a sparse backward."""
+
+
+
+
 def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) -> Grads:
     """Return (dX, dW, db) of the ordinary convolution; None where ``mask`` is False."""
     output_padding = p.output_padding or (0,) * len(p.stride)
@@ -49,7 +64,14 @@ def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) 
 
 
 def sparse_backward(
-    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, k: int, score_fn: ScoreFn, mask: Mask
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    p: ConvParams,
+    k: int,
+    score_fn: ScoreFn,
+    mask: Mask,
+    record: Record | None = None,
 ) -> Grads:
     """Return (dX, dW, db) of the kept channels; None where ``mask`` is False.
 
@@ -61,14 +83,19 @@ def sparse_backward(
         k: Channels to keep of each choice; the dense gradient when that is all of them.
         score_fn: Scores the channels of ``dy``.
         mask: Which of dX, dW, db are needed.
+        record: Is told what ran.
 
     Returns:
         dX of ``x``'s shape; dW and db exactly zero for channels not kept. The operations are
         differentiable, so that a double backward differentiates through the kept channels.
     """
+    if record is not None:
+        record.backward(x, w, dy, k, mask)
     if k >= selectable_channels(p.out_channels(w), p.groups):
         return dense_backward(dy, x, w, p, mask)
     index = select_channels(dy, k, p.groups, score_fn)
+    if record is not None:
+        record.selected(index)
     kernel = choose_kernel(x, w, p, k)
     if kernel == "mask":
         return _by_mask(dy, x, w, p, index, mask)
@@ -200,7 +227,13 @@ def _scatter_rows(rows: Tensor, size: int, index: Tensor) -> Tensor:
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor, w: Tensor, k: int, score_fn: ScoreFn, mask: Mask
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    k: int,
+    score_fn: ScoreFn,
+    mask: Mask,
+    record: Record | None = None,
 ) -> Grads:
     """Return (dX, dW, db) of ``F.linear`` for the kept output features; None where not needed.
 
@@ -211,11 +244,16 @@ def linear_backward(
         k: Features to keep.
         score_fn: Scores the features; is given dy as (rows, out_features).
         mask: Which of dX, dW, db are needed.
+        record: Is told what ran.
     """
+    if record is not None:
+        record.backward(x, w, dy, k, mask)
     need_x, need_w, need_b = mask
     rows = dy.reshape(-1, w.shape[0])
     if k < w.shape[0]:
         index = select_channels(rows, k, 1, score_fn)
+        if record is not None:
+            record.selected(index)
         # gather, not index_select, as in take_channels: the features are the last dimension.
         rows = rows.gather(1, index.expand(rows.shape[0], -1))
         w_kept = w.index_select(0, index)

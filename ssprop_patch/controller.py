@@ -15,6 +15,7 @@ from torch import nn
 
 from . import opaque
 from ._validate import check_count, check_drop_rate
+from .backward import Record
 from .iterations import IterationWatch
 from .schedules import BarSchedule, Schedule, as_schedule
 from .selection import RandomScores, ScoreFn
@@ -236,15 +237,30 @@ class Policy:
         controller: Holds the rate.
         score_fn: Scores the channels.
         override: This layer's own rate whenever the controller's is above 0.
+        record: Is told of each call in training mode, dense ones too: for a meter.
     """
 
     def __init__(
-        self, controller: SparsityController, score_fn: ScoreFn, override: float | None = None
+        self,
+        controller: SparsityController,
+        score_fn: ScoreFn,
+        override: float | None = None,
+        record: Record | None = None,
     ) -> None:
         self.controller = controller
         self.score_fn = score_fn
         self.override = override
+        self.record = record
         self.handle = opaque.register(self)
+
+    def metered(self, record: Record) -> Policy:
+        """Return the same policy that also tells ``record``."""
+        return Policy(self.controller, self.score_fn, self.override, record)
+
+    @property
+    def active(self) -> bool:
+        """Whether the layer's training passes are this package's own: sparse, or metered."""
+        return self.controller.sparse or self.record is not None
 
     @property
     def drop_rate(self) -> float:

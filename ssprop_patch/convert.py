@@ -96,7 +96,7 @@ def convert(
     }
     layers = {row.module: policies[row.drop_rate] for row in todo.converted}
     roots = {model: controller} if layers else {}
-    _assign(Conversion(layers, roots), within=model)
+    apply_conversion(Conversion(layers, roots), within=model)
     return model
 
 
@@ -117,7 +117,7 @@ def revert(model: nn.Module) -> nn.Module:
     blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, PatchedLayer)))
     if blocked.rows:
         raise ValueError(_refusal("revert", blocked))
-    _assign(Conversion({}, {}), within=model)
+    apply_conversion(Conversion({}, {}), within=model)
     return model
 
 
@@ -152,7 +152,7 @@ class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
 
     def __exit__(self, *exc_info: object) -> None:
         revert(self.model)
-        _assign(self._before.pop(), within=self.model)
+        apply_conversion(self._before.pop(), within=self.model)
 
 
 class Conversion(NamedTuple):
@@ -170,7 +170,7 @@ class Conversion(NamedTuple):
         return cls(layers, roots)
 
 
-def _assign(after: Conversion, within: nn.Module) -> None:
+def apply_conversion(after: Conversion, within: nn.Module) -> None:
     """Make ``after`` all that is converted in ``within``.
 
     All or nothing: a class that refuses to be replaced leaves every layer as it was.

@@ -71,10 +71,10 @@ def conv_flops(
     each = selectable_channels(channels, groups)
     kept = kept_channels(each, check_drop_rate(drop_rate)) * (channels // each)
     outputs = prod(y_shape)
-    return _flops(outputs // channels * prod(w_shape), outputs, channels, kept, needs)
+    return layer_flops(outputs // channels * prod(w_shape), outputs, channels, kept, needs)
 
 
-def _flops(macs: int, outputs: int, channels: int, kept: int, needs: Needs) -> ConvFlops:
+def layer_flops(macs: int, outputs: int, channels: int, kept: int, needs: Needs) -> ConvFlops:
     """``macs``: multiply-adds of the forward; ``outputs``: M * C_out."""
     dense = 2 * macs * (needs[0] + needs[1]) + outputs * needs[2]
     sparse = dense // channels * kept + 2 * outputs * any(needs) if kept < channels else dense
@@ -202,7 +202,7 @@ def summary(
         else:
             ks, rate = Counter([each]), 0.0
         choices = call.channels // each
-        flops = {k: _flops(call.macs, call.outputs, call.channels, k * choices, call.needs)
+        flops = {k: layer_flops(call.macs, call.outputs, call.channels, k * choices, call.needs)
                  for k in ks}  # fmt: skip
         fewest, total = flops[min(ks)], ks.total()
         sparse = (sum(n * flops[k].backward for k, n in ks.items()) * calls + total // 2) // total

@@ -47,12 +47,13 @@ class IterationWatch:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Take note of one optimizer step."""
-        if self._layers and self._owns(optimizer) and self._opens_iteration(optimizer):
+        if self._layers and self.owns(optimizer) and self._opens_iteration(optimizer):
             callback = self._on_iteration()
             if callback is not None:
                 callback()
 
-    def _owns(self, optimizer: Optimizer) -> bool:
+    def owns(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds parameters of the modules watched."""
         if optimizer in self._owned:
             return True
         # Looked up at the step, not at conversion: FSDP2 and others replace the parameters.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import operations
-from .autograd import needs_backward, sparse
+from .autograd import in_torch_func, needs_backward, sparse
 from .controller import Policy
 from .operations import Operation
 from .selection import kept_channels
@@ -183,7 +183,7 @@ def _is_sparse(
     module: nn.Module, policy: Policy, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> bool:
     return (
-        policy.controller.sparse
+        policy.active
         and module.training
         and needs_backward(input, weight, bias)
         and not _is_capturing()
@@ -206,14 +206,15 @@ def _dispatch(
     channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
         # Reading the rate here would make one graph per value: the operator reads it by handle.
-        if channels > 1 and policy.override != 0.0:
+        if (channels > 1 and policy.override != 0.0) or policy.record is not None:
             return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
     else:
         k = kept_channels(channels, policy.drop_rate)
-        if k < channels:
+        if k < channels or (policy.record is not None and not in_torch_func()):
             return sparse(
-                operation, input, weight, bias, geometry, k=k, score_fn=policy.score_fn
-            )
+                operation, input, weight, bias, geometry,
+                k=k, score_fn=policy.score_fn, record=policy.record,
+            )  # fmt: skip
     return operation.dense(input, weight, *args, **kwargs)
 
 
@@ -236,7 +237,7 @@ def _run_own_forward(
     if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
         return _keep_in_graph(module, dense_forward, (*args, *kwargs.values()), args, kwargs)
     policy = getattr(module, "_ssprop_policy", None)  # None: a bound method outlived revert
-    sparse = policy is not None and policy.controller.sparse
+    sparse = policy is not None and policy.active
     if not (sparse and module.training and torch.is_grad_enabled()) or _is_capturing():
         return dense_forward(module, *args, **kwargs)
     with _Catch(module) as mode:
@@ -299,7 +300,7 @@ def _catch(
     operation: Operation, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     bias = args[0] if args else kwargs.get("bias")
-    if policy.controller.sparse and needs_backward(input, weight, bias):
+    if policy.active and needs_backward(input, weight, bias):
         return _dispatch(operation, policy, input, weight, *args, **kwargs)
     return operation.dense(input, weight, *args, **kwargs)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backward
-from .backward import ConvParams, Grads
+from .backward import ConvParams, Grads, Record
 from .selection import ScoreFn, kept_channels, selectable_channels
 
 
@@ -26,6 +26,8 @@ class RateSource(Protocol):
     def drop_rate(self) -> float: ...
     @property
     def score_fn(self) -> ScoreFn: ...
+    @property
+    def record(self) -> Record | None: ...
 
 
 _sources: WeakValueDictionary[int, RateSource] = WeakValueDictionary()
@@ -85,7 +87,10 @@ def _conv_backward(
     )
     channels = selectable_channels(params.out_channels(w), groups)
     k = kept_channels(channels, policy.drop_rate)
-    grads = backward.sparse_backward(dy, x, w, params, k, policy.score_fn, tuple(mask))
+    _record_forward(policy.record, x, w, dy)
+    grads = backward.sparse_backward(
+        dy, x, w, params, k, policy.score_fn, tuple(mask), policy.record
+    )
     return _promised(grads, x, w)
 
 
@@ -110,7 +115,8 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     policy = source(handle)
     k = kept_channels(w.shape[0], policy.drop_rate)
-    grads = backward.linear_backward(dy, x, w, k, policy.score_fn, tuple(mask))
+    _record_forward(policy.record, x, w, dy)
+    grads = backward.linear_backward(dy, x, w, k, policy.score_fn, tuple(mask), policy.record)
     dx = x if grads[0] is None else grads[0]  # contiguous, whatever the strides of x
     return _promised(grads, dx, w)
 
@@ -119,6 +125,12 @@ def _linear_backward_fake(
     dy: Tensor, x: Tensor, w: Tensor, handle: int, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _shapes(x.new_empty(x.shape) if mask[0] else x, w, w.shape[0], mask)
+
+
+def _record_forward(record: Record | None, x: Tensor, w: Tensor, dy: Tensor) -> None:
+    # Of a compiled layer only the backward is seen to run: it had one forward.
+    if record is not None:
+        record.forward(x, w, dy)
 
 
 def _shapes(

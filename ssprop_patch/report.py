@@ -121,10 +121,10 @@ class Summary:
 
 def _costs(cost: Any, saved: float) -> list[str]:
     counts = (cost.forward, cost.dense_backward, cost.sparse_backward)
-    return [*(_human(n) for n in counts), f"{100 * saved:.1f} %"]
+    return [*(human_flops(n) for n in counts), f"{100 * saved:.1f} %"]
 
 
-def _human(flops: int) -> str:
+def human_flops(flops: int) -> str:
     size, units = float(flops), ["", "k", "M", "G", "T", "P"]
     while size >= 999.95 and len(units) > 1:
         size, units = size / 1000, units[1:]

@@ -331,6 +331,7 @@ def test_the_functional_form(dims, drop_rate):
 
 class Rate:
     drop_rate = 0.5
+    record = None
 
     def __init__(self, selection="l1"):
         self.score_fn = resolve_selection(selection)
