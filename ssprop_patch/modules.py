@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -222,17 +222,21 @@ def _dispatch(
 
 
 def _own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    dense_forward = cls.forward
+    dense_forward, caught = cls.forward, _caught_in(cls)
     run = _run_own_forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(self, dense_forward, args, kwargs)
+        return run(self, dense_forward, caught, args, kwargs)
 
     return forward
 
 
 def _run_own_forward(
-    module: nn.Module, dense_forward: Callable[..., Any], args: Any, kwargs: Any
+    module: nn.Module,
+    dense_forward: Callable[..., Any],
+    operations: Mapping[Any, Operation],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
         return _keep_in_graph(module, dense_forward, (*args, *kwargs.values()), args, kwargs)
@@ -240,10 +244,10 @@ def _run_own_forward(
     sparse = policy is not None and policy.active
     if not (sparse and module.training and torch.is_grad_enabled()) or _is_capturing():
         return dense_forward(module, *args, **kwargs)
-    with _Catch(module) as mode:
+    with _Catch(module, operations) as mode:
         out = dense_forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and not mode.caught:
-        names = "/".join(f"torch.nn.functional.{f.__name__}" for f in mode.operations)
+        names = "/".join(f"torch.nn.functional.{f.__name__}" for f in operations)
         warnings.warn(
             f"{type(module).__name__}.forward called no {names}: its backward stays dense",
             stacklevel=3,
@@ -259,11 +263,11 @@ class _Catch(TorchFunctionMode):
     own forward and is not converted looks like a part of this one).
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, operations: Mapping[Any, Operation]) -> None:
         super().__init__()
         self.module = module
         self.policy = module._ssprop_policy
-        self.operations = _caught_in(type(module))
+        self.operations = operations
         self.caught = False
 
     def __torch_function__(
