@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import opaque
 from .backward import ConvParams, Record, linear_backward, sparse_backward
@@ -27,9 +28,20 @@ def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def in_torch_func() -> bool:
-    """Whether a torch.func transform is running: no classic autograd function works there."""
-    return torch._C._are_functorch_transforms_active()
+def in_transform(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode AD is at work, which this kind of function knows not."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+_NO_TRANSFORMS = (
+    "the sparse backward does not work inside torch.func transforms (grad, vmap, jvp, ...), in "
+    "forward-mode AD or under is_grads_batched: wrap the call in ssprop_patch.dense(model), use "
+    "model.eval(), or drop_rate=0"
+)
 
 
 def sparse(
@@ -62,11 +74,8 @@ def sparse(
             f"the sparse backward takes real tensors, got {weight.dtype}; use drop_rate=0, or "
             "exclude the layer"
         )
-    if in_torch_func():
-        raise RuntimeError(
-            "the sparse backward does not work inside torch.func transforms (grad, vmap, jvp, "
-            "...): wrap the call in ssprop_patch.dense(model), use model.eval(), or drop_rate=0"
-        )
+    if in_transform(input, weight, bias):
+        raise RuntimeError(_NO_TRANSFORMS)
     device_type = input.device.type
     if _is_autocasting(device_type):
         # Cast what autocast would, but outside the Function, so that autograd casts back.
@@ -141,10 +150,20 @@ def _resolve_padding(
     return input, tuple(n // 2 for n in total)
 
 
+_CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+_CONV_TRANSPOSE = {
+    1: torch.conv_transpose1d,
+    2: torch.conv_transpose2d,
+    3: torch.conv_transpose3d,
+}
+
+
 def _convolution(x: Tensor, w: Tensor, b: Tensor | None, p: ConvParams) -> Tensor:
-    return torch.convolution(
-        x, w, b, p.stride, p.padding, p.dilation, p.transposed, p.output_padding, p.groups
-    )
+    # Not aten.convolution, which does all of them: profilers and counters know these by name.
+    if p.transposed:
+        forward = _CONV_TRANSPOSE[w.dim() - 2]
+        return forward(x, w, b, p.stride, p.padding, p.output_padding, p.groups, p.dilation)
+    return _CONV[w.dim() - 2](x, w, b, p.stride, p.padding, p.dilation, p.groups)
 
 
 class _SparseConv(torch.autograd.Function):
@@ -207,10 +226,15 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
-    if not _is_autocasting(dy.device.type):
-        return backward(dy, *args)
-    with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
-        return backward(dy, *args)
+    try:
+        if not _is_autocasting(dy.device.type):
+            return backward(dy, *args)
+        with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
+            return backward(dy, *args)
+    except RuntimeError as error:  # looked for late, as looking costs as much as an operation
+        if not torch.compiler.is_compiling() and "Batched" in str(torch._C._dispatch_keys(dy)):
+            raise RuntimeError(_NO_TRANSFORMS) from error
+        raise
 
 
 class _OpaqueSparseConv(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import operations
-from .autograd import in_torch_func, needs_backward, sparse
+from .autograd import in_transform, needs_backward, sparse
 from .controller import Policy
 from .operations import Operation
 from .selection import kept_channels
@@ -210,7 +210,7 @@ def _dispatch(
             return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
     else:
         k = kept_channels(channels, policy.drop_rate)
-        if k < channels or (policy.record is not None and not in_torch_func()):
+        if k < channels or (policy.record is not None and not in_transform(input, weight, bias)):
             return sparse(
                 operation, input, weight, bias, geometry,
                 k=k, score_fn=policy.score_fn, record=policy.record,

@@ -59,10 +59,18 @@ def source(handle: int) -> RateSource:
 _lib = torch.library.Library("ssprop_patch", "DEF")
 
 
+# A CUDA graph would replay the rate that it was recorded with. (The tag is not in torch 2.6.)
+_TAGS = tuple(
+    getattr(torch.Tag, name)
+    for name in ("pt2_compliant_tag", "cudagraph_unsafe")
+    if hasattr(torch.Tag, name)
+)
+
+
 def _define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register an operator and return it."""
     name = schema.partition("(")[0]
-    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.define(schema, tags=_TAGS)
     _lib.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ssprop_patch::{name}", fake, lib=_lib)
     return getattr(torch.ops.ssprop_patch, name)
