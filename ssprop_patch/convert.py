@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
@@ -15,6 +15,10 @@ from .modules import PatchedLayer, original_class, patched_class
 from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
 from .schedules import Schedule
 from .selection import Selection, resolve_selection
+from .synchronize import synchronized
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def convert(
@@ -27,6 +31,7 @@ def convert(
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
     selection: Selection = "l1",
+    sync_selection: bool | ProcessGroup = False,
     controller: SparsityController | None = None,
     strict: bool = True,
 ) -> nn.Module:
@@ -54,6 +59,16 @@ def convert(
             controller's rate is above 0.
         selection: How channels are scored: ``"l1"`` (the paper), ``"l2"``, ``"random"``, or a
             callable that takes dy, shape (N, C_out, *spatial), and returns (C_out,) scores.
+        sync_selection: Under DDP or FSDP, whether all ranks keep the same channels: those that one
+            process with the whole batch would keep. By default each rank chooses by its own part
+            of the batch, so that the averaged gradient has more non-zero rows than one rank's.
+            Costs an all-reduce of C_out numbers for each sparse layer in each backward
+            (accumulated ones too), in a process group of its own; nothing at rate 0, in
+            ``eval()``, or in a single process. Scores of all ranks count the same, whatever their
+            batch sizes; ``"random"`` draws from the first rank's seed. All ranks must run the same
+            layers in the same order: where one leaves a sparse layer out (data-dependent paths,
+            ``join()``), the others wait for it. True means all ranks; a ``ProcessGroup`` means its
+            ranks, for models that are not the same on all (``mesh.get_group("dp")``).
         controller: Share an existing one, in place of ``schedule`` and ``steps_per_epoch``.
         strict: Whether a model in which nothing can be converted is an error or a warning.
 
@@ -81,6 +96,7 @@ def convert(
         )
     if selection == "random":
         score_fn = controller.random_scores
+    score_fn = synchronized(score_fn, sync_selection)
     if not todo.converted:
         message = (
             f"nothing to convert in this {type(model).__name__}: "

@@ -1,0 +1,113 @@
+"""Checks that need two processes: written as functions, run by one torchrun, told apart in pytest.
+
+A file of checks registers functions with :class:`Checks`; run as a program, each of two gloo
+processes calls them all in turn and writes down how each one ended. Its test file starts it once
+and has one test a check.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+RANKS = 2
+TESTS = Path(__file__).parent.parent
+PATIENCE = 120  # seconds that one process waits for the other, before both give up
+
+
+class Unavailable(Exception):
+    """Torch itself cannot do here what a check is about."""
+
+
+class Checks:
+    """The checks of one file, by name."""
+
+    def __init__(self):
+        self.functions = {}
+
+    def __call__(self, function):
+        """Register a check; a decorator."""
+        self.functions[function.__name__] = function
+        return function
+
+    def __iter__(self):
+        return iter(self.functions)
+
+    def main(self):
+        """Run all: in each of the processes."""
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+        outcomes, rank = Path(os.environ["OUTCOMES"]), dist.get_rank()
+        for name, function in self.functions.items():
+            torch.manual_seed(0)
+            outcome = {"error": "", "unavailable": ""}
+            try:
+                function()
+            except Unavailable as reason:
+                outcome["unavailable"] = str(reason)
+            except Exception:
+                outcome["error"] = traceback.format_exc()
+            _write(outcomes / f"{name}.{rank}", outcome)
+            # By files, not a barrier: a process that failed half-way has left the other in the
+            # middle of a collective, and the next one would be taken for its answer.
+            if not _all_ended(outcomes, name):
+                sys.exit(f"{name}: the other process did not come to its end")
+        dist.destroy_process_group()
+
+
+def _write(path, outcome):
+    unfinished = path.with_suffix(path.suffix + ".unfinished")
+    unfinished.write_text(json.dumps(outcome))
+    unfinished.rename(path)
+
+
+def _all_ended(outcomes, name):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if all((outcomes / f"{name}.{rank}").exists() for rank in range(RANKS)):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+class Outcomes:
+    """How the checks of one launch ended."""
+
+    def __init__(self, folder, returncode, output):
+        self.folder, self.returncode, self.output = folder, returncode, output
+
+    def assert_ended_well(self):
+        """Fail unless both processes came to their end."""
+        assert self.returncode == 0, self.output[-4000:]
+
+    def assert_passed(self, name):
+        """Fail as the check did, with what each process says."""
+        outcomes = []
+        for rank in range(RANKS):
+            path = self.folder / f"{name}.{rank}"
+            assert path.exists(), f"rank {rank} never ended {name}:\n{self.output[-4000:]}"
+            outcomes.append(json.loads(path.read_text()))
+            assert not outcomes[-1]["error"], f"rank {rank}:\n{outcomes[-1]['error']}"
+        if all(outcome["unavailable"] for outcome in outcomes):
+            pytest.skip(outcomes[0]["unavailable"])
+
+
+def launch(checks, folder):
+    """Run a module of checks, ``distributed.<checks>``, in two processes; return their Outcomes."""
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "OUTCOMES": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(RANKS), "-m", f"distributed.{checks}"]
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    return Outcomes(folder, done.returncode, done.stdout)
