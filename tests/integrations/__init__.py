@@ -1,0 +1,1 @@
+"""Whole trainings in each trainer, against the same training by hand."""
