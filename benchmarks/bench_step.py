@@ -15,21 +15,19 @@ import argparse
 import copy
 import csv
 import platform
-import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from classifier.results import device_name
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
+from ssprop_patch.timing import MODES, alternate, device_name, training_step
 
 # name:batch:pixels, what a small machine trains in a second or so
 NETWORKS = (
@@ -42,7 +40,6 @@ NETWORKS = (
     "efficientnet_b0:8:160",
     "mobilenetv3_small_100:16:160",
 )
-MODES = ("forward", "backward", "step")
 FIELDS = ("name", "device", "dtype", "memory_format", "shape", "drop_rate", "side", "mode",
           "p20_ms", "p50_ms", "p80_ms", "share_of_dense", "limit", "iterations",
           "threads", "torch", "timm", "python")  # fmt: skip
@@ -50,27 +47,12 @@ FIELDS = ("name", "device", "dtype", "memory_format", "shape", "drop_rate", "sid
 
 def make_step(model: nn.Module, x: Tensor, y: Tensor, amp: bool) -> Callable[[], list[float]]:
     """Return a function that trains one step and returns the seconds of ``MODES``."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    device = x.device.type
 
-    def now() -> float:
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-        return time.perf_counter()
+    def loss() -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            return nn.functional.cross_entropy(model(x), y)
 
-    def step() -> list[float]:
-        start = now()
-        optimizer.zero_grad()
-        before = now()
-        with torch.autocast(device, torch.bfloat16, enabled=amp):
-            loss = nn.functional.cross_entropy(model(x), y)
-        forward = now()
-        loss.backward()
-        backward = now()
-        optimizer.step()
-        return [forward - before, backward - forward, now() - start]
-
-    return step
+    return training_step(loss, torch.optim.SGD(model.parameters(), lr=1e-4), x.device)
 
 
 def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
@@ -79,7 +61,6 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
-    random.seed(0)
     dense = timm.create_model(name).to(device, memory_format=layout).train()
     shape = (int(batch), 3, int(pixels), int(pixels))
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
@@ -96,25 +77,13 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
     if args.compile:
         sides = {side: torch.compile(model) for side, model in sides.items()}
     steps = {side: make_step(model, x, y, args.amp) for side, model in sides.items()}
-    seconds: dict[str, list[list[float]]] = {side: [] for side in sides}
-    for i in range(args.warmup + args.iterations):
-        for side in random.sample(list(sides), len(sides)):
-            row = steps[side]()
-            if i >= args.warmup:
-                seconds[side].append(row)
-
-    quantiles = {
-        side: torch.tensor(rows, dtype=torch.float64).quantile(
-            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), dim=0
-        )
-        for side, rows in seconds.items()
-    }  # (3, modes)
+    quantiles = alternate(steps, args.iterations, args.warmup)
     # What the convolutions' FLOPs alone would allow, were all else free.
     limit = {"dense": 1.0, "sparse": 1 - flops.backward_saved, "rate0": 1.0}
     rows = []
     for side, q in quantiles.items():
         for i, mode in enumerate(MODES):
-            p20, p50, p80 = (1e3 * q[:, i]).tolist()
+            p20, p50, p80 = (1e3 * seconds for seconds in q[i])
             rows.append({
                 "name": name, "device": device_name(device),
                 "dtype": "bfloat16 autocast" if args.amp else "float32",
@@ -123,7 +92,7 @@ def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 "side": side + " compiled" * args.compile + " groups=1" * args.skip_grouped,
                 "mode": mode,
                 "p20_ms": f"{p20:.3f}", "p50_ms": f"{p50:.3f}", "p80_ms": f"{p80:.3f}",
-                "share_of_dense": f"{p50 / (1e3 * quantiles['dense'][1, i].item()):.4f}",
+                "share_of_dense": f"{p50 / (1e3 * quantiles['dense'][i].p50):.4f}",
                 "limit": f"{limit[side]:.4f}" if mode == "backward" else "",
                 "iterations": args.iterations, "threads": torch.get_num_threads(),
                 "torch": torch.__version__, "timm": timm.__version__,

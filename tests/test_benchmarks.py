@@ -29,7 +29,6 @@ import train_classifier  # noqa: E402
 from classifier import clock, costs, data, models, table, training  # noqa: E402
 from classifier.batches import Batches, Images  # noqa: E402
 from classifier.options import Options, UserError, parse  # noqa: E402
-from classifier.schedule_text import parse_schedule  # noqa: E402
 from classifier.store import Store  # noqa: E402
 
 # Two steps an epoch. Enough to go through everything, and quick.
@@ -251,60 +250,6 @@ def test_warm_up_counts_as_the_median_of_its_kind():
 def test_spread():
     assert table.spread([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0"
     assert table.spread([2.0, 2.0], ".1f") == table.spread([2.0], ".1f") == "2.0"
-
-
-# --- the text of a schedule -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        ssp.ConstantSchedule(0.5),
-        ssp.BarSchedule(0.8, period=4, interval="step"),
-        ssp.CosineSchedule(0.0, 0.8, total=20, levels=8),
-        ssp.StepSchedule([0.0, 0.5], milestones=[3]),
-        ssp.SequentialSchedule([ssp.ConstantSchedule(0.0), ssp.BarSchedule(0.8)], milestones=[5]),
-    ],
-)
-def test_schedule_text_reads_every_repr(schedule):
-    assert parse_schedule(repr(schedule)) == schedule
-
-
-def test_schedule_text_reads_numbers_and_the_package_prefix():
-    assert parse_schedule(" 0.5 ") == ssp.ConstantSchedule(0.5)
-    assert parse_schedule("ssp.BarSchedule(0.8)") == ssp.BarSchedule(0.8)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "__import__('os').mkdir('made')",
-        "BarSchedule(__import__('os').mkdir('made'))",
-        "BarSchedule(0.8).__class__",
-        "LambdaSchedule(lambda t: 0.5)",
-        "(lambda: BarSchedule(0.8))()",
-        "[BarSchedule(0.8) for _ in '1']",
-        "BarSchedule(**{'drop_rate': 0.8})",
-        "BarSchedule(0.4 + 0.4)",
-        "BarSchedule(1.5)",
-        "BarSchedule('high')",
-        "BarSchedule(period=2)",
-        "SequentialSchedule([0.5], milestones=[])",
-        "0.5 0.6",
-        "True",
-        "None",
-        "-1",
-        "nan",
-        "",
-        "(" * 5000,
-        "BarSchedule(0.8\0)",
-    ],
-)
-def test_schedule_text_refuses_everything_else(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--schedule"):
-        parse_schedule(text)
-    assert not list(tmp_path.iterdir())
 
 
 # --- bad input: one line, exit code 2, nothing written ----------------------------------------

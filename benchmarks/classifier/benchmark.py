@@ -14,9 +14,9 @@ from torch import nn
 from classifier import costs, data, models, plot, results, table, training
 from classifier.batches import Batches
 from classifier.options import METHODS, Options, UserError
-from classifier.schedule_text import parse_schedule
 from classifier.store import Store
 from classifier.training import Run
+from ssprop_patch.schedule_text import parse_schedule
 
 
 class Benchmark:
@@ -31,7 +31,10 @@ class Benchmark:
         # A pipe or a file has no width; wide enough for the table.
         self.console = Console(width=None if sys.stdout.isatty() else 140)
         self.device = _device(options.device)
-        self.schedule = parse_schedule(options.schedule)
+        try:
+            self.schedule = parse_schedule(options.schedule)
+        except ValueError as error:
+            raise UserError(f"--schedule {error}") from error
         models.resolve(options.model)
         with self.console.status("reading the images"):
             self.data = data.load(options)

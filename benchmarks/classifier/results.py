@@ -20,18 +20,7 @@ from classifier.checkpoint import replacing
 from classifier.costs import StepCost
 from classifier.options import Options
 from classifier.training import Run, Trained, fingerprint
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the processor that computes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        # platform.processor() is empty or says only x86_64 on Linux.
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+from ssprop_patch.timing import device_name
 
 
 def gather(

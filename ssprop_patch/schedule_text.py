@@ -6,23 +6,34 @@ import ast
 import difflib
 from typing import Any
 
-import ssprop_patch as ssp
-from classifier.options import UserError
+from .schedules import (
+    BarSchedule,
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    SequentialSchedule,
+    StepSchedule,
+)
 
-SCHEDULES = {
+#: What a text can name: all but LambdaSchedule, whose function no text can hold.
+SCHEDULES: dict[str, type[Schedule]] = {
     cls.__name__: cls
     for cls in (
-        ssp.ConstantSchedule,
-        ssp.BarSchedule,
-        ssp.LinearSchedule,
-        ssp.CosineSchedule,
-        ssp.StepSchedule,
-        ssp.SequentialSchedule,
+        ConstantSchedule,
+        BarSchedule,
+        LinearSchedule,
+        CosineSchedule,
+        StepSchedule,
+        SequentialSchedule,
     )
 }
 
+# Where Python itself gives up on a text (too deep, null bytes), it is as wrong as others.
+_WRONG = (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
-def parse_schedule(text: str) -> Any:
+
+def parse_schedule(text: str) -> Schedule:
     """Return the schedule that ``text`` describes.
 
     The text is a call of one of ``SCHEDULES`` with numbers, texts, lists and other such calls as
@@ -30,23 +41,25 @@ def parse_schedule(text: str) -> Any:
     syntax tree, never run, so a command line taken from elsewhere can do no harm.
 
     Raises:
-        UserError: If the text is anything else, or a schedule refuses its arguments.
+        ValueError: If the text is anything else, or a schedule refuses its arguments. One line.
     """
     try:
-        # Where Python itself gives up on a text (too deep, null bytes), it is as wrong as others.
-        tree = ast.parse(text.strip(), mode="eval").body
-        value = _value(tree)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        value = _value(ast.parse(text.strip(), mode="eval").body)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = ConstantSchedule(float(value))
+    except _WRONG as error:
         message = error.msg if isinstance(error, SyntaxError) else error
-        raise UserError(f"--schedule {text!r}: {message}") from error
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _made(ssp.ConstantSchedule, [float(value)], {}, text)
-    if not isinstance(value, tuple(SCHEDULES.values())):
-        raise UserError(
-            f"--schedule {text!r}: not a schedule; write for example 'BarSchedule(0.8, period=2)' "
-            f"or a number for a constant drop rate"
+        raise ValueError(f"{_short(text)}: {message}") from error
+    if not isinstance(value, Schedule):
+        raise ValueError(
+            f"{_short(text)}: not a schedule; write for example 'BarSchedule(0.8, period=2)' or a "
+            "number for a constant drop rate"
         )
     return value
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:197] + "...")
 
 
 def _value(node: ast.expr) -> Any:
@@ -67,7 +80,7 @@ def _value(node: ast.expr) -> Any:
     )
 
 
-def _call(node: ast.Call) -> Any:
+def _call(node: ast.Call) -> Schedule:
     name = ast.unparse(node.func)
     bare = name.removeprefix("ssp.").removeprefix("ssprop_patch.")
     if bare not in SCHEDULES:
@@ -77,13 +90,4 @@ def _call(node: ast.Call) -> Any:
     if any(keyword.arg is None for keyword in node.keywords):
         raise ValueError("'**' has no meaning in a schedule's text")
     arguments = [_value(argument) for argument in node.args]
-    keywords = {keyword.arg: _value(keyword.value) for keyword in node.keywords}
-    return _made(SCHEDULES[bare], arguments, keywords, ast.unparse(node))
-
-
-def _made(cls: Any, arguments: list[Any], keywords: dict[str, Any], text: str) -> Any:
-    """Return ``cls(*arguments, **keywords)``, its refusal as a UserError."""
-    try:
-        return cls(*arguments, **keywords)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--schedule {text!r}: {error}") from error
+    return SCHEDULES[bare](*arguments, **{k.arg: _value(k.value) for k in node.keywords})
