@@ -6,11 +6,14 @@ optimizer holds parameters of the layers watched, and once an iteration where se
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import chain
+from types import FrameType
 from typing import Any
 from weakref import WeakMethod, WeakSet, ref
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -107,6 +110,8 @@ def _install_hook() -> None:
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling() and _is_in_a_step_of(optimizer, sys._getframe(1)):
+        return  # its class calls super().step(), and torch tells of both
     errors = []
     for watch in list(_watches):
         try:
@@ -115,3 +120,13 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _is_in_a_step_of(optimizer: Optimizer, caller: FrameType) -> bool:
+    """Whether ``caller``, torch's wrapper of a step, runs inside another one of ``optimizer``."""
+    frame = caller.f_back
+    while frame is not None:
+        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

@@ -120,6 +120,17 @@ def test_an_optimizer_around_an_optimizer_counts_once(wrap):
     assert controller.t == 4
 
 
+def test_an_optimizer_that_calls_the_step_of_its_base_class_counts_once():
+    class Mine(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    sgd(nn.Linear(2, 2))  # torch hooks the step of a class when its first optimizer is made
+    model, controller = counting()
+    train(model, Mine(model.parameters(), 1e-3), 3)
+    assert controller.t == 3
+
+
 def test_several_optimizers_over_one_model():
     model, controller = counting()
     optimizers = [sgd(model[0]), sgd(model[2]), sgd(model[4])]

@@ -26,12 +26,19 @@ class HostClock:
 
 
 class CudaClock:
-    """Events in the device's stream: recording one costs microseconds and waits for nothing."""
+    """Events in the device's stream: recording one costs microseconds and waits for nothing.
+
+    Args:
+        device: Whose current stream, which need not be that of the current device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def now(self) -> torch.cuda.Event:
         """Return a point in the stream's work."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def elapsed(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -48,13 +55,13 @@ class Stopwatch:
     """Adds up the seconds of phases, by name.
 
     Args:
-        clock: A :class:`HostClock` or a :class:`CudaClock`.
+        clock: A :class:`HostClock` or a :class:`CudaClock`; None, and no phase is measured.
     """
 
     # Events waiting to be read; as many as this are kept before the oldest are looked at.
     _ENOUGH = 64
 
-    def __init__(self, clock: HostClock | CudaClock) -> None:
+    def __init__(self, clock: HostClock | CudaClock | None) -> None:
         self._clock = clock
         self._running: dict[str, Any] = {}
         self._waiting: deque[tuple[str, Any, Any]] = deque()
@@ -63,11 +70,15 @@ class Stopwatch:
     @classmethod
     def on(cls, device: torch.device) -> Stopwatch:
         """Return one for the clock of ``device``."""
-        return cls(CudaClock() if device.type == "cuda" else HostClock())
+        if device.type == "cuda":
+            return cls(CudaClock(device))
+        # The host's clock would tell how long it takes to queue the work of another device.
+        return cls(HostClock() if device.type == "cpu" else None)
 
     def start(self, phase: str) -> None:
         """A phase begins; one that runs already starts again."""
-        self._running[phase] = self._clock.now()
+        if self._clock is not None:
+            self._running[phase] = self._clock.now()
 
     def stop(self, phase: str) -> None:
         """A phase ends; nothing, if it does not run."""
@@ -77,6 +88,10 @@ class Stopwatch:
         self._waiting.append((phase, start, self._clock.now()))
         while len(self._waiting) > self._ENOUGH and self._clock.is_past(self._waiting[0][2]):
             self._add(*self._waiting.popleft())
+
+    def forget(self, phase: str) -> None:
+        """A phase that began has come to no end: an exception left it."""
+        self._running.pop(phase, None)
 
     def is_running(self, phase: str) -> bool:
         """Whether a phase has begun and not ended."""

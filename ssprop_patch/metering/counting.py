@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from math import prod
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from .._validate import check_count
 from ..flops import layer_flops
 from ..selection import selectable_channels
 from ..trace import Shape
 
+#: Shapes of x, w and y; of a backward also k (None: all channels) and which of dX, dW, db.
+_Call = tuple[Shape, Shape, Shape, int | None, tuple[bool, bool, bool] | None]
 
-@dataclass
+
+@dataclass(frozen=True)
 class LayerTotals:
     """What one layer did, added up.
 
     Attributes:
-        forwards: Forward calls in training mode; those that checkpointing repeats count again.
+        forwards: Forward calls; those that checkpointing repeats count again.
         backwards: Backward calls.
         sparse: Those of them that dropped a channel.
         channels: Output channels, added up over the backward calls.
@@ -39,13 +49,41 @@ class LayerTotals:
     backward_flops: int = 0
 
     def __add__(self, other: LayerTotals) -> LayerTotals:
-        names = [f.name for f in fields(self)]
-        return LayerTotals(*(getattr(self, n) + getattr(other, n) for n in names))
+        return LayerTotals(*map(add, self._values(), other._values()))
+
+    def __rmul__(self, n: int) -> LayerTotals:
+        return LayerTotals(*(n * value for value in self._values()))
+
+    def _values(self) -> tuple[int, ...]:
+        return tuple(vars(self).values())  # in the order of the fields
+
+    @classmethod
+    def checked(cls, state: Mapping[str, int], name: str) -> LayerTotals:
+        """Return the totals of a state of layer ``name``.
+
+        Raises:
+            TypeError, ValueError: If it is not one.
+        """
+        names = [f.name for f in fields(cls)]
+        if not isinstance(state, Mapping) or set(state) != set(names):
+            raise ValueError(f"the state of layer {name!r} must have {', '.join(names)}")
+        return cls(**{n: check_count(state[n], f"{n} of layer {name!r}", 0) for n in names})
 
     @property
     def drop_rate(self) -> float:
         """Share of the channels dropped, mean over the backward calls."""
         return 1 - self.kept / self.channels if self.channels else 0.0
+
+    @property
+    def backward_saved(self) -> float:
+        """Share of the backward FLOPs saved."""
+        return (self.dense_backward_flops - self.backward_flops) / (self.dense_backward_flops or 1)
+
+    @property
+    def total_saved(self) -> float:
+        """Share of the forward and backward FLOPs saved."""
+        dense = self.forward_flops + self.dense_backward_flops
+        return (self.dense_backward_flops - self.backward_flops) / (dense or 1)
 
 
 class Window(NamedTuple):
@@ -65,40 +103,59 @@ class Window(NamedTuple):
 class LayerRecord:
     """Takes note of the calls of one layer; asks no device for anything.
 
+    A copy or a pickle of a metered layer is not metered: a record becomes None there.
+
     Args:
         name: Fully qualified name of the layer.
         transposed: Whether it is a transposed convolution.
         count_channels: Also count how often each channel was kept.
     """
 
+    # Calls that wait to be added up. A layer has few shapes, or a new one at each step (detection
+    # on images as they come): so the calls are kept, but not for long.
+    _ENOUGH = 1024
+
     def __init__(
         self, name: str, transposed: bool = False, *, count_channels: bool = False
     ) -> None:
         self.name = name
         self._transposed = transposed
-        self._forwards: Counter[Any] = Counter()
-        self._backwards: Counter[Any] = Counter()
-        self._before = LayerTotals()
-        self._latest: tuple[Any, ...] | None = None
+        # Threads of autograd and of DataParallel append to it, which is atomic.
+        self._calls: deque[_Call] = deque()
+        self._adding_up = threading.Lock()
+        self._totals = LayerTotals()
+        self._latest: _Call | None = None
         self._count_channels = count_channels
         self._times_kept: Tensor | None = None  # of each channel, on the layer's device
         self._uses = self._sparse_uses = 0  # backward calls behind these counts
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
     def forward(self, x: Tensor, w: Tensor, y: Tensor) -> None:
         """A forward pass ran."""
-        self._forwards[x.shape, w.shape, y.shape] += 1
+        if type(x) is not FakeTensor:  # a summary, a tracer: nothing ran
+            self.ran((x.shape, w.shape, y.shape, None, None))
 
     def backward(
         self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: tuple[bool, bool, bool]
     ) -> None:
         """A backward pass ran, with ``k`` channels of each choice."""
-        self._latest = call = (x.shape, w.shape, dy.shape, k, mask)
-        self._backwards[call] += 1
-        self._uses += 1
+        if type(x) is not FakeTensor:
+            self.ran((x.shape, w.shape, dy.shape, k, mask))
+
+    def ran(self, call: _Call) -> None:
+        """Take note of a call by its shapes: x, w, y, and of a backward k (None: all) and mask."""
+        self._calls.append(call)
+        if call[4] is not None:
+            self._latest = call
+            self._uses += 1
+        if len(self._calls) >= self._ENOUGH:
+            self._add_up()
 
     def selected(self, index: Tensor) -> None:
         """These channels were kept, in the sparse backward just told of."""
-        if not self._count_channels:
+        if not self._count_channels or type(index) is FakeTensor:
             return
         if self._times_kept is None:
             _, w, dy, *_ = self._latest
@@ -117,36 +174,22 @@ class LayerRecord:
         """Kept and all output channels of the latest backward, or None before the first."""
         if self._latest is None:
             return None
-        x, w, dy, k, mask = self._latest
-        return self._flops(x, w, dy, k, mask).kept, _channels(w, dy)
+        cost = _cost(self._latest, self._transposed)
+        return cost.kept, cost.channels
 
     def totals(self) -> LayerTotals:
         """Return what has been counted so far."""
-        total = self._before
-        for (x, w, y), n in self._forwards.items():
-            costs = self._flops(x, w, y, None, (False, False, False))
-            total += LayerTotals(forwards=n, forward_flops=n * costs.forward)
-        for (x, w, dy, k, mask), n in self._backwards.items():
-            costs = self._flops(x, w, dy, k, mask)
-            channels = _channels(w, dy)
-            total += LayerTotals(
-                backwards=n,
-                sparse=n * (costs.kept < channels),
-                channels=n * channels,
-                kept=n * costs.kept,
-                dense_backward_flops=n * costs.dense_backward,
-                backward_flops=n * costs.backward,
-            )
-        return total
+        self._add_up()
+        return self._totals
 
-    def _flops(self, x: Shape, w: Shape, y: Shape, k: int | None, needs: Any) -> Any:
-        channels = _channels(w, y)
-        groups = 1 if len(w) == 2 else channels // w[1] if self._transposed else x[1] // w[1]
-        each = selectable_channels(channels, groups)
-        at = x if self._transposed else y  # where the kernel is applied
-        macs = prod(at) // (at[1] if len(w) > 2 else at[-1]) * prod(w)
-        kept = channels if k is None else k * (channels // each)
-        return layer_flops(macs, prod(y), channels, kept, needs)
+    def _add_up(self) -> None:
+        calls: Counter[_Call] = Counter()
+        with self._adding_up:
+            with contextlib.suppress(IndexError):  # until it is empty
+                while True:
+                    calls[self._calls.popleft()] += 1
+            for call, n in calls.items():
+                self._totals += n * _cost(call, self._transposed)
 
     def state_dict(self) -> dict[str, int]:
         """Return the totals as plain numbers."""
@@ -154,9 +197,31 @@ class LayerRecord:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from these totals."""
-        self._before = LayerTotals(**state)
-        self._forwards.clear()
-        self._backwards.clear()
+        self._calls.clear()
+        self._totals = LayerTotals.checked(state, self.name)
+
+
+@lru_cache(maxsize=4096)
+def _cost(call: _Call, transposed: bool) -> LayerTotals:
+    """Return what one call adds to the totals."""
+    x, w, y, k, mask = call
+    channels = _channels(w, y)
+    groups = 1 if len(w) == 2 else channels // w[1] if transposed else x[1] // w[1]
+    choices = channels // selectable_channels(channels, groups)
+    kept = channels if k is None else k * choices
+    at = x if transposed else y  # where the kernel is applied
+    macs = prod(at) // (at[1] if len(w) > 2 else at[-1]) * prod(w)
+    flops = layer_flops(macs, prod(y), channels, kept, mask or (False, False, False))
+    if mask is None:
+        return LayerTotals(forwards=1, forward_flops=flops.forward)
+    return LayerTotals(
+        backwards=1,
+        sparse=int(kept < channels),
+        channels=channels,
+        kept=kept,
+        dense_backward_flops=flops.dense_backward,
+        backward_flops=flops.backward,
+    )
 
 
 def _channels(w: Shape, y: Shape) -> int:

@@ -24,7 +24,7 @@ class LayerReport:
     @property
     def saved(self) -> float:
         """Share of its backward FLOPs saved."""
-        return _share_saved(self.totals.dense_backward_flops, self.totals.backward_flops)
+        return self.totals.backward_saved
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +38,9 @@ class MeterReport:
             loss and data, and ``"optimizer"``; on the device's clock. A phase that was not seen
             (a model compiled after the meter was made) is missing.
         wall_seconds: Since the meter was made, with all that happened between.
-        energy: Joules by scope, or why there are none.
+        energy: Joules by scope, or why there are none; of the model's GPUs, and of the host's
+            processors and memory, whoever uses them. ``energy.co2_grams(grams_per_kwh)`` is what
+            they emit.
         not_counted: Layers that convolve in their own way, whose cost is not known.
         ranks: Processes that this is the sum of.
     """
@@ -53,30 +55,34 @@ class MeterReport:
     host: str = field(default_factory=lambda: _host())
 
     @property
+    def totals(self) -> LayerTotals:
+        """All layers, added up."""
+        return sum((layer.totals for layer in self.layers), LayerTotals())
+
+    @property
     def forward_flops(self) -> int:
         """FLOPs of all forward passes."""
-        return sum(layer.totals.forward_flops for layer in self.layers)
+        return self.totals.forward_flops
 
     @property
     def dense_backward_flops(self) -> int:
         """FLOPs that the backward passes would have had dense."""
-        return sum(layer.totals.dense_backward_flops for layer in self.layers)
+        return self.totals.dense_backward_flops
 
     @property
     def backward_flops(self) -> int:
         """FLOPs of all backward passes as they ran."""
-        return sum(layer.totals.backward_flops for layer in self.layers)
+        return self.totals.backward_flops
 
     @property
     def backward_saved(self) -> float:
         """Share of the backward FLOPs saved."""
-        return _share_saved(self.dense_backward_flops, self.backward_flops)
+        return self.totals.backward_saved
 
     @property
     def total_saved(self) -> float:
         """Share of the forward and backward FLOPs saved."""
-        forward = self.forward_flops
-        return _share_saved(forward + self.dense_backward_flops, forward + self.backward_flops)
+        return self.totals.total_saved
 
     @classmethod
     def summed(cls, reports: Sequence[MeterReport]) -> MeterReport:
@@ -174,10 +180,6 @@ class MeterReport:
     __repr__ = __str__
 
 
-def _share_saved(dense: int, actual: int) -> float:
-    return (dense - actual) / dense if dense else 0.0
-
-
 def _summed_energy(reports: Sequence[MeterReport]) -> Energy:
     joules: dict[str, float] = {}
     for rank, report in enumerate(reports):
@@ -188,7 +190,7 @@ def _summed_energy(reports: Sequence[MeterReport]) -> Energy:
                 key = f"{scope} of {report.host}"
                 joules[key] = max(value, joules.get(key, 0.0))
     reasons = dict.fromkeys(report.energy.reason for report in reports if report.energy.reason)
-    return Energy(joules, "" if joules else "; ".join(reasons))
+    return Energy(joules, "; ".join(reasons))
 
 
 def _host() -> str:
