@@ -63,7 +63,7 @@ def trace(
     for fake, training in ((True, True), (True, False), (False, False)):
         calls: Counter[LayerCall] = Counter()
         as_is = training and model.training
-        with _untouched(model), torch.inference_mode(False), torch.enable_grad():
+        with untouched(model), torch.inference_mode(False), torch.enable_grad():
             for module in model.modules():
                 if not as_is:
                     module.training = training
@@ -150,7 +150,7 @@ def _inputs(
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Put back, whatever happens, what running a model may change beside its buffers' values.
 
     That is every attribute of every module, the content of those that are plain containers

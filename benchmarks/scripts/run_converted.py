@@ -105,7 +105,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Any]:
         else:
             schedule = ssp.BarSchedule(0.8 if options.drop_rate is None else options.drop_rate)
     except (TypeError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(f"--schedule {error}")
     if schedule.interval != "epoch":
         # It would start from 0 again where a run is resumed: the scripts' checkpoints do not hold
         # the count, and how many steps an epoch has, only they know.

@@ -1,0 +1,110 @@
+"""What several commands take, and how each text is read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._validate import check_drop_rate
+from ..modules import LAYERS
+from ..plan import DEFAULT_TYPES
+from ..schedule_text import parse_schedule
+from ..schedules import Schedule
+from .models import KINDS
+
+TYPES = {cls.__name__: cls for cls in LAYERS}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's own, without the page of usage in front of the one line that matters."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def reader(function: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Make the message of a ValueError argparse's own."""
+
+    def read(text: str) -> Any:
+        try:
+            return function(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+@reader
+def drop_rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+    return check_drop_rate(value)
+
+
+@reader
+def schedule(text: str) -> Schedule:
+    return parse_schedule(text)
+
+
+@reader
+def count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ValueError(f"{text!r} is not an integer >= 1")
+    return value
+
+
+@reader
+def size(text: str) -> int:
+    try:
+        return count(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{error}; MODEL goes before --input-size") from error
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL, its input and what of it is converted."""
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help=f"{KINDS}: a function without arguments that returns an nn.Module",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input-size", type=size, nargs="+", action="append", required=True, metavar="N",
+        help="shape of the input, batch included: 8 3 224 224; again for a second input",
+    )  # fmt: skip
+    parser.add_argument(
+        "--types", nargs="+", choices=TYPES, default=[t.__name__ for t in DEFAULT_TYPES],
+        metavar="CLASS",
+        help=f"classes of layers to convert, of {', '.join(TYPES)} (default: the three "
+        "convolutions)",
+    )  # fmt: skip
+
+
+def add_format(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:
+    """``--json``, ``--csv`` and, if ``plot`` says what it shows, ``--plot``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("--csv", action="store_true", help="print CSV")
+    if plot is not None:
+        group.add_argument(
+            "--plot", type=Path, metavar="FILE",
+            help=f"write a picture of {plot} (.png, .svg, .pdf); needs matplotlib",
+        )  # fmt: skip
+
+
+def types(args: argparse.Namespace) -> tuple[type[nn.Module], ...]:
+    """Return the classes that ``--types`` names."""
+    return tuple(TYPES[name] for name in args.types)

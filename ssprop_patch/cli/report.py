@@ -1,0 +1,140 @@
+"""``report``: what a conversion would patch, what that would save on paper, what stays dense."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ..controller import PAPER_SCHEDULE
+from ..flops import summary
+from ..plan import Plan, PlanRow, plan
+from ..report import Summary
+from . import options, output
+from .errors import UsageError
+from .models import load_model
+
+_DESCRIPTION = """\
+Show what a conversion would do to a model: the layers that get a sparse backward, the FLOPs that
+saves in each of them and in all, and the layers that stay dense, and why.
+"""
+_EPILOG = f"""\
+Without --drop-rate and --schedule the paper's schedule counts, {PAPER_SCHEDULE!r}.
+FLOPs are what the gradient needs; "ssprop-patch measure" says what that is worth on this machine.
+
+examples:
+  ssprop-patch report timm:resnet50 --input-size 8 3 224 224
+  ssprop-patch report torchvision:resnet18 --input-size 64 3 224 224 --drop-rate 0.8 --csv
+  ssprop-patch report my_nets.py:build --input-size 32 3 64 64 \\
+      --schedule "CosineSchedule(0, 0.8, total=30)" --epochs 30
+  ssprop-patch report timm:convnext_atto --input-size 16 3 224 224 --types Conv2d Linear \\
+      --plot convnext.png
+"""
+_FIELDS = ("name", "class", "action", "reason", "calls", "input_shape", "weight_shape",
+           "output_shape", "kept", "channels", "drop_rate", "forward", "dense_backward",
+           "sparse_backward", "saved")  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's options."""
+    parser = commands.add_parser(
+        "report", help="what would be patched and saved, layer by layer",
+        description=_DESCRIPTION, epilog=_EPILOG,
+    )  # fmt: skip
+    options.add_model(parser)
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--drop-rate", type=options.drop_rate, metavar="D",
+                      help="count with this rate")  # fmt: skip
+    rate.add_argument("--schedule", type=options.schedule, metavar="TEXT",
+                      help='count the mean over, for example, "BarSchedule(0.8)"')  # fmt: skip
+    parser.add_argument("--epochs", type=options.count, metavar="N",
+                        help="how many the schedule is averaged over")  # fmt: skip
+    parser.add_argument("--steps-per-epoch", type=options.count, metavar="N",
+                        help="for a schedule that counts optimizer steps")  # fmt: skip
+    options.add_format(parser, plot="the FLOPs of each layer")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    _check(args)
+    model, classes = load_model(args.model), options.types(args)
+    planned = plan(model, types=classes)
+    sizes = args.input_size if len(args.input_size) > 1 else args.input_size[0]
+    counted = summary(
+        model, input_size=sizes, types=classes, drop_rate=args.drop_rate,
+        schedule=args.schedule, epochs=args.epochs, steps_per_epoch=args.steps_per_epoch,
+    )  # fmt: skip
+    if args.json:
+        output.print_json({
+            "model": args.model,
+            "input_size": args.input_size,
+            "plan": [_plan_row(row) for row in planned],
+            "summary": counted.to_dict(),
+        })  # fmt: skip
+    elif args.csv:
+        output.print_csv(_csv_rows(planned, counted), _FIELDS)
+    elif args.plot is not None:
+        output.plot(lambda plots: plots.flops_per_layer(counted), args.plot)
+    else:
+        parameters = sum(p.numel() for p in model.parameters())
+        shown = " and ".join(map(output.shape, args.input_size))
+        print(f"{args.model}: {parameters / 1e6:.2f} M parameters, input {shown}\n")
+        print(_plan_text(planned))
+        linear = sum(isinstance(m, nn.Linear) for m in model.modules())
+        if linear and nn.Linear not in classes:
+            print(f"  and {linear} nn.Linear, which stay dense: not among --types")
+        print()
+        print(_dense_text(planned), end="")
+        print(counted)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Say in the words of the command line what :func:`summary` would say in its own."""
+    schedule = args.schedule
+    if schedule is None or schedule.is_constant:
+        return
+    if args.epochs is None:
+        raise UsageError(f"--schedule {schedule!r}: give --epochs, how many to average over")
+    if schedule.interval == "step" and args.steps_per_epoch is None:
+        raise UsageError(f"--schedule {schedule!r} counts optimizer steps: give --steps-per-epoch")
+
+
+def _plan_row(row: PlanRow) -> dict[str, str]:
+    return {"name": row.name, "class": row.cls.__name__, "action": row.action,
+            "reason": row.reason}  # fmt: skip
+
+
+def _plan_text(planned: Plan) -> str:
+    """Return how many layers are converted, and of which kinds."""
+    kinds = Counter((row.cls.__name__, row.reason) for row in planned.converted)
+    lines = [f"{len(planned)} layers: {len(planned.converted)} to convert, "
+             f"{len(planned) - len(planned.converted)} stay dense"]  # fmt: skip
+    lines += [f"  {n} {cls}: {reason}" for (cls, reason), n in kinds.items()]
+    return "\n".join(lines)
+
+
+def _dense_text(planned: Plan) -> str:
+    """Return a row for each layer that is not converted; nothing, if all are."""
+    others = [row for row in planned if row.action != "convert"]
+    cells = [("stays dense", "class", "why"),
+             *((r.name or "(model)", r.cls.__name__, r.reason) for r in others)]  # fmt: skip
+    return output.table(cells, left=3) + "\n\n" if others else ""
+
+
+def _csv_rows(planned: Plan, counted: Summary) -> Iterator[dict[str, Any]]:
+    """Yield the counted layers, as often as they have shapes, and then those without a count."""
+    rows = {row.name: row for row in planned}
+    for layer in counted.layers:
+        shapes = {name: output.shape(getattr(layer, name))
+                  for name in ("input_shape", "weight_shape", "output_shape")}  # fmt: skip
+        values = {**asdict(layer), **shapes, "saved": layer.saved}
+        yield {k: v for k, v in {**values, **_plan_row(rows[layer.name])}.items() if k in _FIELDS}
+    counted_names = {layer.name for layer in counted.layers}
+    for row in planned:
+        if row.name not in counted_names:
+            yield _plan_row(row)

@@ -1,0 +1,23 @@
+"""Milliseconds on this machine, dense and sparse: of single layers and of whole training steps.
+
+turns: measuring several things fairly. calls: what a layer is given in its network. layers, steps:
+what is measured.
+"""
+
+from .layers import LayerTime, time_layers
+from .steps import MODES, StepTime, joules_per_step, time_steps, training_step
+from .turns import Quantiles, alternate, device_name, waiter
+
+__all__ = [
+    "MODES",
+    "LayerTime",
+    "Quantiles",
+    "StepTime",
+    "alternate",
+    "device_name",
+    "joules_per_step",
+    "time_layers",
+    "time_steps",
+    "training_step",
+    "waiter",
+]

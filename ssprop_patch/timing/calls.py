@@ -1,0 +1,185 @@
+"""What each layer is given when its network runs, and the layer taken out of its network."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..convert import revert
+from ..trace import Shape, untouched
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+class TensorLike(NamedTuple):
+    """All of a tensor that its time depends on."""
+
+    shape: Shape
+    stride: Shape
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, t: Tensor) -> TensorLike:
+        """Describe ``t``."""
+        return cls(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """Return another tensor like it; an expanded one as what it stands for."""
+        overlaps = any(s == 0 and n > 1 for s, n in zip(self.stride, self.shape, strict=True))
+        like = {"dtype": self.dtype, "device": self.device}
+        if overlaps:
+            t = torch.empty(self.shape, **like)
+        else:
+            t = torch.empty_strided(self.shape, self.stride, **like)
+        if not self.dtype.is_floating_point:
+            return t.zero_()
+        return t.normal_(generator=generator).requires_grad_(self.requires_grad)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One call of a layer."""
+
+    module: nn.Module
+    arguments: Any  # (args, kwargs) with a TensorLike for each tensor
+    output_shape: Shape
+    key: str  # equal where layer and inputs are alike, so that one timing serves all
+
+    @property
+    def weight_shape(self) -> Shape:
+        """Of the layer's weight; empty where it has none of that name."""
+        return tuple(getattr(self.module, "weight", torch.empty(())).shape)
+
+    @property
+    def input(self) -> TensorLike:
+        """The first tensor of the arguments."""
+        return next(t for t in _leaves(self.arguments) if isinstance(t, TensorLike))
+
+    def make_inputs(self, generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments like those of the call, with random numbers."""
+        return pytree.tree_map(
+            lambda t: t.random(generator) if isinstance(t, TensorLike) else t,
+            self.arguments,
+            is_leaf=_is_tensor_like,
+        )
+
+
+def record_calls(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    inputs: Inputs,
+    autocast: torch.dtype | None = None,
+) -> list[tuple[LayerCall, int]]:
+    """Run ``model`` once; return the calls of ``layers`` in order, with their number.
+
+    The model stays as it was, its buffers and the random state too. One in eval mode runs in
+    training mode. Calls whose output needs no gradient are left out, and so are layers that are
+    frozen (in eval mode, in a model that is training).
+
+    Raises:
+        TypeError: If ``inputs`` are none.
+        ValueError: If the model does not run on them.
+    """
+    if not isinstance(inputs, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            "inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
+            f"arguments, got {type(inputs).__name__}"
+        )
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args = (inputs,) if isinstance(inputs, Tensor) else () if kwargs else tuple(inputs)
+    found: dict[tuple[int, str], tuple[LayerCall, int]] = {}
+
+    def note(module: nn.Module, arguments: Any, out: Any) -> None:
+        y = next(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
+        if not (y.requires_grad and module.training):
+            return
+        key = _key(module, arguments)
+        first = LayerCall(module, arguments, tuple(y.shape), key)
+        call, count = found.get((id(module), key), (first, 0))
+        found[id(module), key] = call, count + 1
+
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        if not model.training:
+            model.train()
+        for module in layers:
+            vars(module)["forward"] = _noted(module, note)
+        try:
+            with autocasting(_device(model, inputs), autocast):
+                torch.func.functional_call(model, buffers, args, kwargs)
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in _leaves(inputs) if isinstance(t, Tensor)]
+            raise ValueError(
+                f"the model does not run on inputs of shapes {shapes}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return list(found.values())
+
+
+def isolated(module: nn.Module) -> nn.Module:
+    """Return a dense copy of a layer in training mode, without its hooks.
+
+    Pre-hooks stay, as they may make the weight.
+    """
+    memo: dict[int, Any] = {}  # what deepcopy takes for copied already
+    for m in module.modules():
+        for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            memo[id(vars(m)[name])] = OrderedDict()
+        for value in vars(m).values():  # made by a pre-hook; deepcopy refuses them
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
+    return revert(copy.deepcopy(module, memo)).train()
+
+
+@contextlib.contextmanager
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Run under autocast to ``dtype``, or as it is."""
+    if dtype is None:
+        yield
+    else:
+        with torch.autocast(device.type, dtype):
+            yield
+
+
+def _device(model: nn.Module, inputs: Inputs) -> torch.device:
+    tensors = [t for t in _leaves(inputs) if isinstance(t, Tensor)]
+    return next((t.device for t in [*tensors, *model.parameters()]), torch.device("cpu"))
+
+
+def _noted(module: nn.Module, note: Callable[..., None]) -> Callable[..., Any]:
+    forward = module.forward  # not a hook, so that a call of .forward counts too
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        arguments = pytree.tree_map_only(Tensor, TensorLike.of, (args, kwargs))
+        out = forward(*args, **kwargs)
+        note(module, arguments, out)
+        return out
+
+    return noted
+
+
+def _key(module: nn.Module, arguments: Any) -> str:
+    needs = [(name, tuple(p.shape), p.stride(), p.dtype, p.requires_grad)
+             for name, p in module.named_parameters()]  # fmt: skip
+    # Where anything else may be at work (parametrizations, pre-hooks) a layer is like no other.
+    alike = not (module._forward_pre_hooks or list(module.children()))
+    cls = f"{type(module).__module__}.{type(module).__qualname__}"
+    return repr((cls, repr(module), needs, arguments, None if alike else id(module)))
+
+
+def _is_tensor_like(value: Any) -> bool:
+    return isinstance(value, TensorLike)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return pytree.tree_leaves(tree, is_leaf=_is_tensor_like)

@@ -1,0 +1,220 @@
+"""Each layer alone, dense and sparse: does its sparse backward save time on this machine?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from .._validate import check_count, check_drop_rate
+from ..backward import ConvParams, choose_kernel
+from ..convert import convert
+from ..plan import DEFAULT_TYPES, Types, plan
+from ..selection import selectable_channels
+from ..trace import Shape
+from .calls import Inputs, LayerCall, autocasting, isolated, record_calls
+from .turns import Quantiles, alternate, waiter
+
+# A layer runs so often in a row that one measurement lasts about this long: waiting for the device
+# then weighs nothing, and its queue stays filled, as in a training.
+_BURST_SECONDS = 2e-3
+_LONGEST_BURST = 50
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer on inputs of one shape, alone: forward and backward of one call.
+
+    Attributes:
+        name: Fully qualified name.
+        cls: Name of its class.
+        calls: How often it runs on such an input in one forward pass.
+        input_shape, weight_shape, output_shape: Of one call.
+        dense_ms, sparse_ms: Milliseconds.
+        kernel: How the sparse backward is computed: ``"gather"``, ``"matmul"`` or ``"mask"`` (see
+            :func:`ssprop_patch.backward.choose_kernel`); ``"dense"`` where it keeps all channels;
+            ``"unknown"`` where the layer is none of torch's.
+    """
+
+    name: str
+    cls: str
+    calls: int
+    input_shape: Shape
+    weight_shape: Shape
+    output_shape: Shape
+    dense_ms: Quantiles
+    sparse_ms: Quantiles
+    kernel: str
+
+    @property
+    def share(self) -> float:
+        """The sparse median as a share of the dense one."""
+        return self.sparse_ms.p50 / self.dense_ms.p50
+
+    @property
+    def pays(self) -> bool:
+        """Whether the sparse median is the smaller one."""
+        return self.sparse_ms.p50 < self.dense_ms.p50
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it."""
+        times = {side: getattr(self, side)._asdict() for side in ("dense_ms", "sparse_ms")}
+        return {**asdict(self), **times, "share": self.share, "pays": self.pays}
+
+
+def time_layers(
+    model: nn.Module,
+    inputs: Inputs,
+    drop_rate: float = 0.8,
+    *,
+    types: Types = DEFAULT_TYPES,
+    autocast: torch.dtype | None = None,
+    iterations: int = 15,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LayerTime]:
+    """Time each layer that a conversion would take, alone, on inputs like those it gets.
+
+    The model runs once, to see shapes, strides and dtypes, and is left as it was. What is timed
+    are copies, one layer at a time; layers that are alike are timed once.
+
+    Args:
+        model: Any module, converted or not; on the device and in the memory format to be timed.
+        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        drop_rate: Of the sparse side.
+        types: Classes of layers, as for :func:`ssprop_patch.convert`.
+        autocast: The dtype of autocast, or None for none.
+        iterations: Measurements of each side.
+        progress: Is called with how many of how many layers are done.
+
+    Returns:
+        A row for each layer and shape, in order of the first call. Layers that need no gradient,
+        or are frozen in eval mode, have none.
+
+    Raises:
+        TypeError, ValueError: If an argument is not as described, or the model does not run.
+    """
+    rate = check_drop_rate(drop_rate)
+    iterations = check_count(iterations, "iterations", 1)
+    rows = {row.module: row for row in plan(model, types=types).converted}
+    calls = record_calls(model, list(rows), inputs, autocast)
+    timed: dict[str, tuple[Quantiles, Quantiles, str]] = {}
+    found = []
+    for done, (call, count) in enumerate(calls, 1):
+        row = rows[call.module]
+        if call.key not in timed:
+            timed[call.key] = _time(call, rate, types, autocast, iterations)
+        found.append(
+            LayerTime(
+                row.name, row.cls.__name__, count,
+                call.input.shape, call.weight_shape, call.output_shape,
+                *timed[call.key],
+            )
+        )  # fmt: skip
+        if progress is not None:
+            progress(done, len(calls))
+    return found
+
+
+def _time(
+    call: LayerCall, rate: float, types: Types, autocast: torch.dtype | None, iterations: int
+) -> tuple[Quantiles, Quantiles, str]:
+    device = call.input.device
+    layers = {
+        "dense": isolated(call.module),
+        "sparse": convert(isolated(call.module), rate, types=types),
+    }
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        runs = {side: _training_pass(layer, call, autocast) for side, layer in layers.items()}
+        wait = waiter(device)
+
+        def seconds(run: Callable[[], None], times: int) -> float:
+            if device.type == "cpu":  # each for itself: the median leaves out interruptions
+                return statistics.median(timed(run, 1) for _ in range(times))
+            return timed(run, times)
+
+        def timed(run: Callable[[], None], times: int) -> float:
+            wait()
+            start = time.perf_counter()
+            for _ in range(times):
+                run()
+            wait()
+            return (time.perf_counter() - start) / times
+
+        # Both have run once then: the first time kernels are chosen and memory is taken.
+        runs["dense"]()
+        kernel = _kernel(layers["sparse"], runs["sparse"])
+        once = min(seconds(run, 1) for run in runs.values())
+        burst = min(max(1, int(_BURST_SECONDS / once)), _LONGEST_BURST)
+        taken = alternate(
+            {side: lambda run=run: [1e3 * seconds(run, burst)] for side, run in runs.items()},
+            iterations,
+        )
+    return taken["dense"][0], taken["sparse"][0], kernel
+
+
+def _training_pass(
+    layer: nn.Module, call: LayerCall, autocast: torch.dtype | None
+) -> Callable[[], None]:
+    """Return a function that runs forward and backward of ``layer`` once."""
+    device = call.input.device
+    args, kwargs = call.make_inputs(torch.Generator(device).manual_seed(0))
+    tensors = pytree.tree_leaves((args, kwargs, list(layer.parameters())))
+    wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    gradients: list[Tensor] = []
+
+    def run() -> None:
+        with autocasting(device, autocast):
+            out = layer(*args, **kwargs)
+        ys = [y for y in pytree.tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
+        if not gradients:
+            gradients.extend(torch.randn_like(y) for y in ys)
+        torch.autograd.grad(ys, wanted, gradients, allow_unused=True)
+
+    return run
+
+
+class _KernelRecord:
+    """Takes note of how the sparse backward of a layer is computed."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self.kernel = "dense"
+
+    def forward(self, x: Tensor, w: Tensor, y: Tensor) -> None:
+        pass
+
+    def selected(self, index: Tensor) -> None:
+        pass
+
+    def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Any) -> None:
+        layer = self._layer
+        if isinstance(layer, nn.Linear):
+            self.kernel = "matmul" if k < w.shape[0] else "dense"
+        elif isinstance(layer, _ConvNd):
+            # Padding by name or of another mode is put on before, and the kernels see none.
+            before = isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+            params = ConvParams(
+                layer.stride, (0,) * len(layer.stride) if before else layer.padding,
+                layer.dilation, layer.groups, layer.transposed, layer.output_padding,
+            )  # fmt: skip
+            if k < selectable_channels(params.out_channels(w), params.groups):
+                self.kernel = choose_kernel(x, w, params, k)
+        else:
+            self.kernel = "unknown"
+
+
+def _kernel(layer: nn.Module, run: Callable[[], None]) -> str:
+    """Run a converted layer once and return its kernel."""
+    policy = layer._ssprop_policy
+    record = _KernelRecord(layer)
+    layer._ssprop_policy = policy.metered(record)
+    run()
+    layer._ssprop_policy = policy
+    return record.kernel

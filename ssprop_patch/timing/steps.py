@@ -1,0 +1,167 @@
+"""Whole training steps of a model, dense and sparse: seconds, and joules with a counter."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from .._validate import check_count, check_drop_rate
+from ..convert import Conversion, apply_conversion, converted, revert
+from ..metering import EnergyCounter
+from ..plan import DEFAULT_TYPES, Types
+from .calls import Inputs, autocasting
+from .turns import Quantiles, alternate, waiter
+
+#: What is timed of a step; ``step`` is all of it, with zero_grad and the optimizer.
+MODES = ("forward", "backward", "step")
+# How long one reading of an energy counter should last: NVML's is renewed every 0.1 s.
+_ENERGY_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one part of a step."""
+
+    mode: str
+    dense_s: Quantiles
+    sparse_s: Quantiles
+
+    @property
+    def share(self) -> float:
+        """The sparse median as a share of the dense one."""
+        return self.sparse_s.p50 / self.dense_s.p50
+
+
+def training_step(
+    loss: Callable[[], Tensor], optimizer: Optimizer, device: torch.device
+) -> Callable[[], list[float]]:
+    """Return a function that trains one step and returns the seconds of ``MODES``.
+
+    Args:
+        loss: Runs the model, under autocast if wanted, and returns its loss.
+        optimizer: Makes the step.
+        device: Is waited for between the parts.
+    """
+    wait = waiter(device)
+
+    def now() -> float:
+        wait()
+        return time.perf_counter()
+
+    def step() -> list[float]:
+        start = now()
+        optimizer.zero_grad()
+        before = now()
+        value = loss()
+        forward = now()
+        value.backward()
+        backward = now()
+        optimizer.step()
+        return [forward - before, backward - forward, now() - start]
+
+    return step
+
+
+def time_steps(
+    model: nn.Module,
+    inputs: Inputs,
+    drop_rate: float = 0.8,
+    *,
+    types: Types = DEFAULT_TYPES,
+    autocast: torch.dtype | None = None,
+    iterations: int = 15,
+) -> list[StepTime]:
+    """Time whole training steps of ``model``, dense and sparse in turns.
+
+    The model trains with SGD at learning rate 0: its parameters stay, its buffers (running means)
+    do not, and its gradients are cleared. Conversion itself is not timed.
+
+    Args:
+        model: Any module in training mode, on the device and in the memory format to be timed.
+        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        drop_rate, types, autocast, iterations: As for :func:`time_layers`.
+
+    Returns:
+        A row for each of ``MODES``.
+    """
+    iterations = check_count(iterations, "iterations", 1)
+    with _sides(model, inputs, drop_rate, types, autocast) as sides:
+        taken = alternate(sides, iterations)
+    return [StepTime(mode, taken["dense"][i], taken["sparse"][i]) for i, mode in enumerate(MODES)]
+
+
+def joules_per_step(
+    counter: EnergyCounter,
+    model: nn.Module,
+    inputs: Inputs,
+    drop_rate: float = 0.8,
+    *,
+    types: Types = DEFAULT_TYPES,
+    autocast: torch.dtype | None = None,
+    seconds: float = _ENERGY_SECONDS,
+) -> dict[str, float]:
+    """Measure the joules of a training step, ``{"dense": ..., "sparse": ...}``.
+
+    Each side trains for about ``seconds`` twice, in turns.
+    """
+    joules = {"dense": 0.0, "sparse": 0.0}
+    steps = {"dense": 0, "sparse": 0}
+    with _sides(model, inputs, drop_rate, types, autocast) as sides:
+        for step in sides.values():
+            step()
+        for side in ("dense", "sparse", "sparse", "dense"):
+            counter.begin()
+            end = time.perf_counter() + seconds
+            while True:
+                sides[side]()
+                steps[side] += 1
+                if time.perf_counter() >= end:
+                    break
+            joules[side] += sum(counter.end().values())
+    return {side: joules[side] / steps[side] for side in joules}
+
+
+@contextlib.contextmanager
+def _sides(
+    model: nn.Module,
+    inputs: Inputs,
+    drop_rate: float,
+    types: Types,
+    autocast: torch.dtype | None,
+) -> Iterator[Mapping[str, Callable[[], list[float]]]]:
+    """Yield a training step as it is and a converted one, of the same model."""
+    rate = check_drop_rate(drop_rate)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args = (inputs,) if isinstance(inputs, Tensor) else () if kwargs else tuple(inputs)
+    device = next(t.device for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def loss() -> Tensor:
+        with autocasting(device, autocast):
+            out = model(*args, **kwargs)
+        # Whatever a model returns: all of it that can be trained counts.
+        found = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+        if not found:
+            raise ValueError("the model returns nothing that needs a gradient")
+        return sum(t.float().square().mean() for t in found)
+
+    step = training_step(loss, optimizer, device)
+
+    def sparse_step() -> list[float]:
+        with converted(model, rate, types=types):
+            return step()
+
+    before = Conversion.of(model)
+    revert(model)
+    try:
+        yield {"dense": step, "sparse": sparse_step}
+    finally:
+        optimizer.zero_grad()
+        apply_conversion(before, within=model)

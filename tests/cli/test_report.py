@@ -1,0 +1,73 @@
+"""``report``: the plan and the summary of a model, as text, JSON and CSV."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import ssprop_patch as ssp
+from ssprop_patch.cli.models import load_model
+
+
+def test_report_shows_the_summary_and_each_layer_that_stays_dense_with_its_reason(nets, printed):
+    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5)
+    model = load_model(f"{nets}:build")
+    assert str(ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5)) in out
+    assert "5 layers: 3 to convert, 2 stay dense" in out
+    assert "3 Conv2d: stock forward" in out
+    assert "and 1 nn.Linear, which stay dense: not among --types" in out
+    for row in ssp.plan(model).skipped:
+        assert re.search(rf"^{row.name} +{row.cls.__name__} +{re.escape(row.reason)}$", out, re.M)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"{parameters / 1e6:.2f} M parameters, input 2x3x8x8" in out
+
+
+def test_report_as_json_is_plan_and_summary(nets, printed):
+    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
+                  "--json")  # fmt: skip
+    model, found = load_model(f"{nets}:build"), json.loads(out)
+    expected = ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5).to_dict()
+    assert found["summary"] == json.loads(json.dumps(expected))
+    assert [(r["name"], r["class"], r["action"], r["reason"]) for r in found["plan"]] == [
+        (r.name, r.cls.__name__, r.action, r.reason) for r in ssp.plan(model)
+    ]
+    assert (found["model"], found["input_size"]) == (f"{nets}:build", [[2, 3, 8, 8]])
+
+
+def test_report_as_csv_adds_up_to_the_summary_and_names_every_layer(nets, printed, read_csv):
+    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--csv")
+    model, rows = load_model(f"{nets}:build"), read_csv(out)
+    summary = ssp.summary(model, input_size=(2, 3, 8, 8))
+    for column in ("forward", "dense_backward", "sparse_backward"):
+        assert sum(int(r[column] or 0) for r in rows) == getattr(summary, column)
+    actions = {r["name"]: (r["action"], r["reason"]) for r in rows}
+    assert actions == {r.name: (r.action, r.reason) for r in ssp.plan(model)}
+    by_name = {r["name"]: r for r in rows}
+    assert by_name["same"]["calls"] == "2"
+    assert by_name["stem"]["output_shape"] == "2x10x6x6"
+
+
+def test_report_averages_over_a_schedule(nets, printed):
+    text = "LinearSchedule(0.0, 0.8, total=6, interval='step')"
+    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--schedule", text,
+                  "--epochs", 4, "--steps-per-epoch", 2, "--json")  # fmt: skip
+    expected = ssp.summary(
+        load_model(f"{nets}:build"), input_size=(2, 3, 8, 8), epochs=4, steps_per_epoch=2,
+        schedule=ssp.LinearSchedule(0.0, 0.8, total=6, interval="step"),
+    )  # fmt: skip
+    assert json.loads(out)["summary"] == json.loads(json.dumps(expected.to_dict()))
+
+
+def test_report_counts_the_types_that_are_named(nets, printed, read_csv):
+    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
+                  "--types", "Linear", "ConvTranspose2d", "--csv")  # fmt: skip
+    rows = read_csv(out)
+    assert {r["name"] for r in rows if r["action"] == "convert"} == {"up", "head"}
+    # What the importance of so small a head costs is more than it saves.
+    assert {r["name"] for r in rows if float(r["saved"] or 0) > 0} == {"up"}
+
+
+def test_report_takes_several_inputs(nets, printed):
+    out = printed("report", f"{nets}:Two", "--input-size", 2, 3, 8, 8, "--input-size", 1, 2, 9,
+                  "--drop-rate", 0.5)  # fmt: skip
+    assert "input 2x3x8x8 and 1x2x9" in out and "1x4x7" in out
