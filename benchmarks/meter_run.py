@@ -1,0 +1,75 @@
+"""Train a network with a Meter on it: the report, its scalars, and pictures of what was kept.
+
+    python benchmarks/meter_run.py [the options of train_classifier.py]
+
+Writes report.json, scalars.csv, channels.png, flops.png and schedule.png into --output.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+
+from classifier import data, models
+from classifier.batches import Batches
+from classifier.options import UserError, parse
+from classifier.training import evaluate
+from ssprop_patch import Meter, convert, plots
+from ssprop_patch.schedule_text import parse_schedule
+
+
+def main() -> None:
+    """Run the command line."""
+    options = parse()
+    torch.manual_seed(0)
+    images = data.load(options)
+    model, channels = models.build(
+        options, classes=images.classes, channels=images.channels, size=images.size
+    )
+    device = torch.device(options.device)
+    batches = Batches(
+        images, batch_size=options.batch_size, device=device, channels=channels,
+        augment=options.augment, channels_last=options.channels_last,
+    )  # fmt: skip
+    model.to(device, memory_format=batches.memory_format)
+    schedule, steps = parse_schedule(options.schedule), batches.steps_per_epoch
+
+    convert(model, schedule, steps_per_epoch=steps, selection=options.selection)
+    meter = Meter(model, channels_every=steps)
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    meter.log_to(folder / "scalars.csv", every=10)
+
+    optimizer = torch.optim.SGD(
+        model.parameters(), options.lr, momentum=0.9, weight_decay=options.weight_decay
+    )
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.amp == "bf16")
+    for epoch in track(range(options.epochs), "epochs"):
+        model.train()
+        for x, labels in batches.train(0, epoch, steps):
+            with autocast:
+                loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    correct, _ = evaluate(model, batches, autocast)
+
+    report = meter.report()
+    print(report)
+    print(f"test accuracy {100 * correct:.1f} %")
+    (folder / "report.json").write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
+    plots.channels(meter.channels).savefig(folder / "channels.png")
+    plots.flops_per_layer(report).savefig(folder / "flops.png")
+    plots.schedule(schedule, options.epochs, steps).savefig(folder / "schedule.png")
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"meter_run.py: {error}")
