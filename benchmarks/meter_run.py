@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
-
 from classifier import data, models
 from classifier.batches import Batches
 from classifier.options import UserError, parse
 from classifier.training import evaluate
+from rich.progress import track
+
 from ssprop_patch import Meter, convert, plots
 from ssprop_patch.schedule_text import parse_schedule
 
