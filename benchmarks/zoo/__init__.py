@@ -1,0 +1,1 @@
+"""Every network of timm and torchvision: what ``benchmarks/zoo.py`` runs."""
