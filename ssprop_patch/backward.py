@@ -49,6 +49,9 @@ class Record(Protocol):
     def selected(self, index: Tensor) -> None:
         """The kept channels, in a sparse backward."""
 
+    def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
+        """A forward ran in torch's own way, and so will its backward."""
+
 
 
 

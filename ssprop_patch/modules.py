@@ -210,12 +210,17 @@ def _dispatch(
             return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
     else:
         k = kept_channels(channels, policy.drop_rate)
-        if k < channels or (policy.record is not None and not in_transform(input, weight, bias)):
+        if k < channels:
             return sparse(
                 operation, input, weight, bias, geometry,
                 k=k, score_fn=policy.score_fn, record=policy.record,
             )  # fmt: skip
-    return operation.dense(input, weight, *args, **kwargs)
+    out = operation.dense(input, weight, *args, **kwargs)
+    if policy.record is not None and not (
+        torch.compiler.is_compiling() or in_transform(input, weight, bias)
+    ):
+        policy.record.dense(input, weight, bias, out)
+    return out
 
 
 # --- forwards of their own --------------------------------------------------------------------

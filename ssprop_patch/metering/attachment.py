@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..controller import Policy, SparsityController
 from ..convert import Conversion, apply_conversion
@@ -192,17 +191,9 @@ class Attachment:
         if module.training and y.requires_grad:
             return
         policy = vars(module).get("_ssprop_policy")
-        if policy is None or policy.record is None or type(y) is FakeTensor:
-            return
-        x = args[0] if args else next(iter(kwargs.values()))
-        w, b = module.weight, module.bias
-        batch = (1,) if 2 < w.dim() == y.dim() + 1 else ()
-        shapes = ((*batch, *x.shape), tuple(w.shape), (*batch, *y.shape))
-        record: LayerRecord = policy.record
-        record.ran((*shapes, None, None))
-        if y.requires_grad:
-            mask = tuple(t is not None and t.requires_grad for t in (x, w, b))
-            y.register_hook(lambda dy: record.ran((*shapes, None, mask)))
+        if policy is not None and policy.record is not None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            policy.record.dense(x, module.weight, module.bias, y)
 
 
 def _is_countable(row: PlanRow) -> bool:

@@ -144,6 +144,17 @@ class LayerRecord:
         if type(x) is not FakeTensor:
             self.ran((x.shape, w.shape, dy.shape, k, mask))
 
+    def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
+        """A forward ran in torch's own way, and so will its backward, if there is one."""
+        if type(y) is FakeTensor:
+            return
+        batch = (1,) if 2 < w.dim() == y.dim() + 1 else ()
+        shapes = ((*batch, *x.shape), tuple(w.shape), (*batch, *y.shape))
+        self.ran((*shapes, None, None))
+        if y.requires_grad:  # by shapes: nothing is kept alive
+            mask = tuple(t is not None and t.requires_grad for t in (x, w, b))
+            y.register_hook(lambda dy: self.ran((*shapes, None, mask)))
+
     def ran(self, call: _Call) -> None:
         """Take note of a call by its shapes: x, w, y, and of a backward k (None: all) and mask."""
         self._calls.append(call)
