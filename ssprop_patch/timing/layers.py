@@ -193,6 +193,9 @@ class _KernelRecord:
     def selected(self, index: Tensor) -> None:
         pass
 
+    def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
+        pass
+
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Any) -> None:
         layer = self._layer
         if isinstance(layer, nn.Linear):
