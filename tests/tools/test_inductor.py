@@ -1,11 +1,6 @@
 """With the compiler that users run: what only generated code can get wrong."""
 
-import os
-import shutil
-import sysconfig
-from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,20 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
 
+from .compiling import INDUCTOR, fresh_compiler  # noqa: F401
 from .networks import assert_same, gradients, images, oracle_gradients, tiny
-
-# Inductor writes C++ and needs what compiles it; aot_eager traces all the same.
-CAN_BUILD = shutil.which(os.environ.get("CXX", "g++")) and Path(
-    sysconfig.get_path("include"), "Python.h"
-).exists()
-INDUCTOR = "inductor" if CAN_BUILD else "aot_eager"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Checkpointed(nn.Module):

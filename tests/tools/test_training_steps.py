@@ -13,19 +13,13 @@ from torch._dynamo.utils import counters
 
 import ssprop_patch as ssp
 
+from .compiling import fresh_compiler  # noqa: F401
 from .networks import assert_same, images, loss_of, tiny
 
 STEPS = 12  # more than torch compiles again before it gives up
 
 # One that is never 0, so that there is a sparse graph only.
 SCHEDULE = ssp.LinearSchedule(0.1, 0.9, STEPS, interval="step")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def sgd(model):

@@ -2,10 +2,6 @@
 
 import copy
 import itertools
-import os
-import shutil
-import sysconfig
-from pathlib import Path
 
 import oracle
 import pytest
@@ -19,31 +15,10 @@ import ssprop_patch as ssp
 from ssprop_patch import functional, opaque
 from ssprop_patch.selection import resolve_selection
 
+from .compiling import INDUCTOR, fresh_compiler  # noqa: F401
+from .networks import WSConv2d
+
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
-# Inductor writes C++ and needs what compiles it; aot_eager traces all the same.
-CAN_BUILD = shutil.which(os.environ.get("CXX", "g++")) and Path(
-    sysconfig.get_path("include"), "Python.h"
-).exists()
-INDUCTOR = "inductor" if CAN_BUILD else "aot_eager"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class WSConv2d(nn.Conv2d):
-    """A forward of its own: the weight is standardised, then convolved with."""
-
-    def forward(self, x):
-        mean, std = self.weight.mean((1, 2, 3), True), self.weight.std((1, 2, 3), keepdim=True)
-        weight = (self.weight - mean) / (std + 1e-5)
-        return F.conv2d(
-            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
 
 
 class Net(nn.Module):
