@@ -53,8 +53,8 @@ def convert(
         steps_per_epoch: Optimizer steps in one epoch, for a schedule that counts epochs
             (``len(loader)``; with gradient accumulation accordingly fewer). Without it call
             ``get_controller(model).step(epoch)`` at the start of every epoch.
-        filter_fn: ``filter_fn(module, name) -> bool``: False leaves a convolution dense.
-        exclude: Patterns of convolutions to leave dense, see :func:`ssprop_patch.plan`.
+        filter_fn: ``filter_fn(module, name) -> bool``: False leaves a layer dense.
+        exclude: Patterns of layers to leave dense, see :func:`ssprop_patch.plan`.
         overrides: ``{pattern: rate}``: rates of their own for some layers, in force whenever the
             controller's rate is above 0.
         selection: How channels are scored: ``"l1"`` (the paper), ``"l2"``, ``"random"``, or a
