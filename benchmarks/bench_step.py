@@ -1,10 +1,12 @@
 """Times a training step of whole networks: dense against the sparse backward, in turns.
 
 python benchmarks/bench_step.py                                   # the table of the README, CPU
+python benchmarks/bench_step.py --network vit_tiny_patch16_224:8:224 --types linear
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
-the converted one at rate 0 (what conversion itself costs). They take turns, in random order within
+the converted one at rate 0 (what conversion itself costs), ``plan`` the one with only those layers
+converted that a measured plan says pay (--measured-plan). They take turns, in random order within
 each iteration, so that neither a drift of the machine nor what ran before favours one. A step is
 zero_grad, forward, loss, backward, SGD.
 """
@@ -13,21 +15,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import platform
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import Row, Setting, append, check_header, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
-from ssprop_patch.timing import MODES, alternate, device_name, training_step
+from ssprop_patch.cli.options import TYPES, Parser, count, drop_rate, reader
+from ssprop_patch.plan import DEFAULT_TYPES, FilterFn
+from ssprop_patch.timing import MODES, alternate, training_step
 
 # name:batch:pixels, what a small machine trains in a second or so
 NETWORKS = (
@@ -39,10 +44,102 @@ NETWORKS = (
     "regnety_004:8:160",
     "efficientnet_b0:8:160",
     "mobilenetv3_small_100:16:160",
+    "vit_tiny_patch16_224:8:224",
 )
-FIELDS = ("name", "device", "dtype", "memory_format", "shape", "drop_rate", "side", "mode",
-          "p20_ms", "p50_ms", "p80_ms", "share_of_dense", "limit", "iterations",
-          "threads", "torch", "timm", "python")  # fmt: skip
+KINDS = {name.lower(): cls for name, cls in TYPES.items()}
+
+
+class Network(NamedTuple):
+    """One of timm's, and the size of its input, (batch, 3, pixels, pixels)."""
+
+    name: str
+    batch: int
+    pixels: int
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """Read ``NAME:BATCH:PIXELS``.
+
+        Raises:
+            ValueError: If the text is not of that form, or timm has no such network.
+        """
+        name, *numbers = text.split(":")
+        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise ValueError(f"{text!r} is not NAME:BATCH:PIXELS, such as {NETWORKS[0]}")
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise ValueError(f"timm has no network {name!r}{hint}")
+        return cls(name, *map(int, numbers))
+
+
+def measure(network: Network, args: argparse.Namespace) -> list[Row]:
+    """Return the CSV rows of one network."""
+    device = torch.device(args.device)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    torch.manual_seed(0)
+    dense = timm.create_model(network.name).to(device, memory_format=layout).train()
+    shape = (network.batch, 3, network.pixels, network.pixels)
+    x = torch.randn(shape, device=device).contiguous(memory_format=layout)
+    y = torch.randint(1000, shape[:1], device=device)
+    sides = {"dense": dense}
+    for side, rate in (("sparse", args.drop_rate), ("rate0", 0.0)):
+        sides[side] = make_sparse(dense, rate, args)
+    if args.measured_plan:
+        sides["plan"] = make_sparse(dense, args.drop_rate, args, measured_on=x)
+    # What the convolutions' FLOPs alone would allow, were all else free.
+    left = {side: flops_left(model, shape, args) for side, model in sides.items()}
+    if args.compile:
+        sides = {side: torch.compile(model) for side, model in sides.items()}
+    steps = {side: make_step(model, x, y, args.amp) for side, model in sides.items()}
+    seconds = alternate(steps, args.iterations, args.warmup)
+    peaks = {side: peak_memory(steps[side], model, device) for side, model in sides.items()}
+    options = ["compiled"] * args.compile + ["groups=1"] * args.skip_grouped
+    options += [f"types={','.join(args.types)}"] * bool(args.types)
+    setting = Setting.here(
+        device, name=network.name, shape=shape, dtype=torch.float32, amp=args.amp,
+        memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
+        options=" ".join(options), iterations=args.iterations,
+    )  # fmt: skip
+    return compare(setting, MODES, seconds, left, peaks=peaks)
+
+
+def make_sparse(
+    dense: nn.Module, rate: float, args: argparse.Namespace, measured_on: Tensor | None = None
+) -> nn.Module:
+    """Return a converted copy of ``dense``.
+
+    With ``measured_on``, an input, only those layers are converted that pay on it, maybe none.
+    """
+    model = copy.deepcopy(dense)
+    pays: FilterFn | None = None
+    if measured_on is not None:
+        with torch.autocast(measured_on.device.type, torch.bfloat16, enabled=args.amp):
+            pays = ssp.plan(
+                model, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True
+            ).pays
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+
+    def chosen(layer: nn.Module, name: str) -> bool:
+        # A linear classifier stays dense, as the README has it: its channels are the classes.
+        if isinstance(layer, nn.Linear) and any(layer is head for head in heads):
+            return False
+        if args.skip_grouped and getattr(layer, "groups", 1) > 1:
+            return False
+        return pays is None or pays(layer, name)
+
+    return ssp.convert(
+        model, rate, types=_types(args), selection=args.selection, filter_fn=chosen,
+        strict=pays is None,
+    )  # fmt: skip
+
+
+def flops_left(model: nn.Module, shape: Sequence[int], args: argparse.Namespace) -> float:
+    """Return the part of the backward FLOPs of the layers of ``--types`` that a side leaves."""
+    if not ssp.is_converted(model):
+        return 1.0
+    return 1 - ssp.summary(model, input_size=shape, types=_types(args)).backward_saved
 
 
 def make_step(model: nn.Module, x: Tensor, y: Tensor, amp: bool) -> Callable[[], list[float]]:
@@ -55,98 +152,85 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, amp: bool) -> Callable[[],
     return training_step(loss, torch.optim.SGD(model.parameters(), lr=1e-4), x.device)
 
 
-def measure(network: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Return the CSV rows of one network."""
-    name, batch, pixels = network.split(":")
-    device = torch.device(args.device)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    torch.manual_seed(0)
-    dense = timm.create_model(name).to(device, memory_format=layout).train()
-    shape = (int(batch), 3, int(pixels), int(pixels))
-    x = torch.randn(shape, device=device).contiguous(memory_format=layout)
-    y = torch.randint(1000, shape[:1], device=device)
-    sides = {"dense": dense}
-    for side, rate in (("sparse", args.drop_rate), ("rate0", 0.0)):
-        sides[side] = ssp.convert(
-            copy.deepcopy(dense),
-            rate,
-            selection=args.selection,
-            filter_fn=(lambda m, _: m.groups == 1) if args.skip_grouped else None,
-        )
-    flops = ssp.summary(sides["sparse"], input_size=shape)
-    if args.compile:
-        sides = {side: torch.compile(model) for side, model in sides.items()}
-    steps = {side: make_step(model, x, y, args.amp) for side, model in sides.items()}
-    quantiles = alternate(steps, args.iterations, args.warmup)
-    # What the convolutions' FLOPs alone would allow, were all else free.
-    limit = {"dense": 1.0, "sparse": 1 - flops.backward_saved, "rate0": 1.0}
-    rows = []
-    for side, q in quantiles.items():
-        for i, mode in enumerate(MODES):
-            p20, p50, p80 = (1e3 * seconds for seconds in q[i])
-            rows.append({
-                "name": name, "device": device_name(device),
-                "dtype": "bfloat16 autocast" if args.amp else "float32",
-                "memory_format": "channels_last" if args.channels_last else "contiguous",
-                "shape": "x".join(map(str, shape)), "drop_rate": args.drop_rate,
-                "side": side + " compiled" * args.compile + " groups=1" * args.skip_grouped,
-                "mode": mode,
-                "p20_ms": f"{p20:.3f}", "p50_ms": f"{p50:.3f}", "p80_ms": f"{p80:.3f}",
-                "share_of_dense": f"{p50 / (1e3 * quantiles['dense'][i].p50):.4f}",
-                "limit": f"{limit[side]:.4f}" if mode == "backward" else "",
-                "iterations": args.iterations, "threads": torch.get_num_threads(),
-                "torch": torch.__version__, "timm": timm.__version__,
-                "python": platform.python_version(),
-            })  # fmt: skip
-    return rows
+def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.device) -> float | None:
+    """Return the MiB that a step takes on top of what is there before; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    model.zero_grad(set_to_none=True)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def show(rows: list[dict[str, object]], console: Console) -> None:
-    """Print shares of dense, a line a network and memory format."""
-    table = Table(title=f"share of dense, medians; {rows[0]['device']}, torch {torch.__version__}")
-    for column in ("network", "input", "dense backward ms", "backward", "step", "limit (FLOPs)",
-                   "backward, rate 0", "step, rate 0"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("network", "input") else "right")
-    cells = {(r["name"], r["side"].split()[0], r["mode"]): r for r in rows}
-    for name in dict.fromkeys(r["name"] for r in rows):
-        dense, sparse = cells[name, "dense", "backward"], cells[name, "sparse", "backward"]
-        shares = [cells[name, side, mode]["share_of_dense"]
-                  for side in ("sparse", "rate0") for mode in ("backward", "step")]  # fmt: skip
-        table.add_row(
-            str(name), str(dense["shape"]), str(dense["p50_ms"]), *map(str, shares[:2]),
-            str(sparse["limit"]), *map(str, shares[2:]),
-        )  # fmt: skip
+def _types(args: argparse.Namespace) -> tuple[type[nn.Module], ...]:
+    return tuple(dict.fromkeys((*DEFAULT_TYPES, *(KINDS[kind] for kind in args.types))))
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print shares of dense, a line a network."""
+    table = Table(title=f"share of dense, medians; {rows[0].device}, torch {torch.__version__}")
+    plan, memory = (any(r.side == "plan" for r in rows), any(r.peak_memory_mib for r in rows))
+    table.add_column("network")
+    table.add_column("input")
+    columns = ["dense backward ms", "backward", "step", "limit (FLOPs)",
+               "backward, rate 0", "step, rate 0"]  # fmt: skip
+    columns += ["backward, plan", "step, plan"] * plan + ["memory"] * memory
+    for column in columns:
+        table.add_column(column, justify="right")
+    cells = {(r.name, r.shape, r.side, r.mode): r for r in rows}
+    for at in dict.fromkeys((r.name, r.shape) for r in rows):
+
+        def shares(side: str, at: tuple[str, str] = at) -> list[str]:
+            return [f"{cells[(*at, side, mode)].share_of_dense:.4f}"
+                    for mode in ("backward", "step")]  # fmt: skip
+
+        dense, limit = cells[(*at, "dense", "backward")], cells[(*at, "sparse", "backward")].limit
+        line = [f"{dense.p50_ms:.3f}", *shares("sparse"), f"{limit:.4f}", *shares("rate0")]
+        line += shares("plan") if plan else []
+        if memory:
+            sparse, whole = (cells[(*at, side, "step")].peak_memory_mib
+                             for side in ("sparse", "dense"))  # fmt: skip
+            line.append(f"{sparse / whole:.4f}")
+        table.add_row(*at, *line)
     console.print(table)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--network", nargs="+", default=NETWORKS, metavar="NAME:BATCH:PIXELS")
-    parser.add_argument("--drop-rate", type=float, default=0.8)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--network", type=reader(Network.parse), nargs="+",
+                        default=[Network.parse(text) for text in NETWORKS],
+                        metavar="NAME:BATCH:PIXELS", help="of timm")  # fmt: skip
+    parser.add_argument("--types", type=str.lower, choices=KINDS, nargs="+", default=[],
+                        metavar="CLASS", help="convert these classes of layers, too: linear, "
+                        "convtranspose2d, ...; a linear classifier stays dense")  # fmt: skip
+    parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
     parser.add_argument("--selection", default="l1", choices=("l1", "l2", "random"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
-    parser.add_argument("--iterations", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--measured-plan", action="store_true",
+                        help="add the side plan: only layers that pay here")  # fmt: skip
+    parser.add_argument("--iterations", type=count, default=15, help="steps of each side")
+    parser.add_argument("--warmup", type=count, default=3, help="steps before them")
     parser.add_argument("--output", type=Path, help="append the rows to this CSV")
-    args = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    rows = []
-    for network in track(args.network, "networks", console=console):
-        rows += measure(network, args)
-    show(rows, console)
+    args = parser.parse_args(arguments)
     if args.output:
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        try:
+            check_header(args.output)
+        except ValueError as error:
+            parser.error(str(error))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    rows: list[Row] = []
+    for network in track(args.network, "networks", console=console):
+        found = measure(network, args)
+        if args.output:
+            append(args.output, found)
+        rows += found
+    show(rows, console)
     return 0
 
 

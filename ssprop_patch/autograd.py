@@ -182,6 +182,7 @@ class _SparseConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.config = params, k, score_fn
+        ctx.score_fn = score_fn  # for the norm behind, which sees this as the grad_fn of its input
         ctx.record = record
         y = _convolution(x, w, b, params)
         if record is not None:
@@ -194,6 +195,10 @@ class _SparseConv(torch.autograd.Function):
         mask = tuple(ctx.needs_input_grad[:3])
         grads = _outside_of_autocast(sparse_backward, dy, x, w, *ctx.config, mask, ctx.record)
         return *grads, None, None, None, None
+
+
+#: The class of ``grad_fn`` of what a sparse convolution returns.
+SparseConvNode = _SparseConv._backward_cls
 
 
 class _SparseLinear(torch.autograd.Function):

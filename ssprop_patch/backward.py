@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .deferred import NormGradient
+from .passes import is_channels_last, take_channels
 from .selection import ScoreFn, select_channels, selectable_channels
 
 aten = torch.ops.aten
@@ -119,11 +121,11 @@ def choose_kernel(x: Tensor, w: Tensor, p: ConvParams, k: int) -> str:
     """
     if p.groups > 1:
         depthwise = p.groups == p.out_channels(w)
-        return "gather" if depthwise and not _is_channels_last(x) else "mask"
+        return "gather" if depthwise and not is_channels_last(x) else "mask"
     pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
     if not pointwise or p.transposed or x.device.type != "cpu":
         return "gather"
-    if _is_channels_last(x):
+    if is_channels_last(x):
         return "matmul" if k >= 32 else "gather"
     # A batch of products is summed at last: in half precision that would round in between.
     exact = x.dtype in (torch.float32, torch.float64)
@@ -134,10 +136,13 @@ def choose_kernel(x: Tensor, w: Tensor, p: ConvParams, k: int) -> str:
 def _by_mask(
     dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor, mask: Mask
 ) -> Grads:
-    keep = torch.zeros(dy.shape[1], dtype=dy.dtype, device=dy.device).index_fill_(0, index, 1)
-    keep = keep.view(-1, *[1] * (dy.dim() - 2))
-    # where, not a product: a dropped channel may hold inf or nan, and 0 * inf is nan.
-    return dense_backward(torch.where(keep.bool(), dy, 0), x, w, p, mask)
+    keep = torch.zeros(dy.shape[1], dtype=torch.bool, device=dy.device).index_fill_(0, index, True)
+    if isinstance(dy, NormGradient):
+        masked = dy.form_masked(keep)
+    else:
+        # where, not a product: a dropped channel may hold inf or nan, and 0 * inf is nan.
+        masked = torch.where(keep.view(-1, *[1] * (dy.dim() - 2)), dy, 0)
+    return dense_backward(masked, x, w, p, mask)
 
 
 def _by_gather(
@@ -145,7 +150,7 @@ def _by_gather(
 ) -> Grads:
     need_x, need_w, need_b = mask
     channels = dy.shape[1]
-    dy_kept = take_channels(dy, index)
+    dy_kept = dy.take(index) if isinstance(dy, NormGradient) else take_channels(dy, index)
     db = _scatter_rows(dy_kept.sum([0, *range(2, dy.dim())]), channels, index) if need_b else None
     if not (need_x or need_w):
         return None, None, db
@@ -186,7 +191,7 @@ def _pointwise_backward(
     read = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
     x_read = x[read]  # a strided one reads some positions only
     dx = dw = None
-    if _is_channels_last(x):
+    if is_channels_last(x):
         rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
         if need_x:
             dx = (rows @ matrix).view(*dy.movedim(1, -1).shape[:-1], x.shape[1]).movedim(-1, 1)
@@ -202,24 +207,6 @@ def _pointwise_backward(
         dx_read, dx = dx, torch.zeros_like(x)
         dx[read] = dx_read
     return dx, None if dw is None else dw.view(w.shape)
-
-
-def take_channels(t: Tensor, index: Tensor) -> Tensor:
-    """Return ``t[:, index]`` in ``t``'s own memory format.
-
-    Along the channels of a channels_last tensor ``gather`` on the (positions, channels) view is
-    several times faster than ``index_select``.
-    """
-    if not _is_channels_last(t):
-        return t.index_select(1, index)
-    last = t.movedim(1, -1)
-    rows = last.reshape(-1, t.shape[1])
-    kept = rows.gather(1, index.expand(rows.shape[0], -1))
-    return kept.view(*last.shape[:-1], index.shape[0]).movedim(-1, 1)
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
 
 
 def _scatter_rows(rows: Tensor, size: int, index: Tensor) -> Tensor:

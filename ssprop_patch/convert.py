@@ -11,10 +11,11 @@ from torch.utils._contextlib import _DecoratorContextManager
 
 from .controller import PAPER_SCHEDULE, Policy, SparsityController
 from .iterations import Membership
-from .modules import PatchedLayer, original_class, patched_class
+from .modules import Patched, PatchedLayer, original_class, patched_class
+from .norm import PatchedNorm, can_defer, patched_norm_class
 from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
 from .schedules import Schedule
-from .selection import Selection, resolve_selection
+from .selection import Selection, resolve_selection, scores_deferred
 from .synchronize import synchronized
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def convert(
     }
     layers = {row.module: policies[row.drop_rate] for row in todo.converted}
     roots = {model: controller} if layers else {}
-    apply_conversion(Conversion(layers, roots), within=model)
+    norms = _deferring_norms(model) if layers and scores_deferred(score_fn) else ()
+    apply_conversion(Conversion(layers, roots, norms), within=model)
     return model
 
 
@@ -130,7 +132,7 @@ def revert(model: nn.Module) -> nn.Module:
             FSDP) and has to come off first. Nothing has changed then.
     """
     todo = plan(model)
-    blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, PatchedLayer)))
+    blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, Patched)))
     if blocked.rows:
         raise ValueError(_refusal("revert", blocked))
     apply_conversion(Conversion({}, {}), within=model)
@@ -172,10 +174,17 @@ class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
 
 
 class Conversion(NamedTuple):
-    """What is converted in a model: the layers' policies, and the controllers of whole models."""
+    """What is converted in a model.
+
+    Attributes:
+        layers: With the policy of each.
+        roots: Whole models, with the controller of each.
+        norms: Batch norms that form only what gradient the layers before them keep.
+    """
 
     layers: Mapping[nn.Module, Policy]
     roots: Mapping[nn.Module, SparsityController]
+    norms: Sequence[nn.Module] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Conversion:
@@ -183,7 +192,7 @@ class Conversion(NamedTuple):
         layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedLayer)}
         marks = {m: vars(m).get("_ssprop_root") for m in model.modules()}
         roots = {m: mark.controller for m, mark in marks.items() if mark is not None}
-        return cls(layers, roots)
+        return cls(layers, roots, [m for m in model.modules() if isinstance(m, PatchedNorm)])
 
 
 def apply_conversion(after: Conversion, within: nn.Module) -> None:
@@ -194,10 +203,12 @@ def apply_conversion(after: Conversion, within: nn.Module) -> None:
     before = Conversion.of(within)
     done: list[tuple[nn.Module, type]] = []
     try:
-        for module in dict.fromkeys((*before.layers, *after.layers)):
+        patched = {m: patched_class for m in after.layers}
+        patched.update((m, patched_norm_class) for m in after.norms)
+        for module in dict.fromkeys((*before.layers, *before.norms, *patched)):
             cls = type(module)
             plain = original_class(cls)
-            module.__class__ = patched_class(plain) if module in after.layers else plain
+            module.__class__ = patched[module](plain) if module in patched else plain
             done.append((module, cls))
     except BaseException:
         for module, cls in done:
@@ -215,6 +226,10 @@ def apply_conversion(after: Conversion, within: nn.Module) -> None:
         vars(module).update(_ssprop_policy=policy, _ssprop_membership=membership)
     for module, controller in after.roots.items():
         vars(module)["_ssprop_root"] = Membership(module, controller, is_layer=False)
+
+
+def _deferring_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if can_defer(m)]
 
 
 def _refusal(verb: str, refused: Plan) -> str:

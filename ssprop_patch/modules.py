@@ -38,27 +38,38 @@ LAYERS: dict[type[nn.Module], Operation] = {
 }
 
 
-class PatchedLayer(nn.Module):
-    """Mixin of all patched classes: what a copy, a pickle and a ``print`` of one need.
+class Patched(nn.Module):
+    """Mixin of all patched classes: what a copy and a pickle of one need.
 
-    ``_ssprop_original`` of the class is the class it was made from; of the instance
-    ``_ssprop_policy`` is a :class:`Policy` and ``_ssprop_membership`` ties it to the controller's
-    watch. Not annotated, because TorchScript reads annotations.
+    ``_ssprop_original`` of the class is the class it was made from, ``_ssprop_patch`` what made it.
+    Not annotated, because TorchScript reads annotations.
     """
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists in this process only: store the original and patch again on load.
         function, args, *rest = super().__reduce_ex__(protocol)
         plain = tuple(original_class(a) if isinstance(a, type) else a for a in args)
-        return _rebuild, (function, plain), *rest
+        return _rebuild, (type(self)._ssprop_patch, function, plain), *rest
+
+
+class PatchedLayer(Patched):
+    """Mixin of layers with a sparse backward.
+
+    Of the instance ``_ssprop_policy`` is a :class:`Policy` and ``_ssprop_membership`` ties it to
+    the controller's watch.
+    """
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "sparse backward"]))
 
 
-def _rebuild(function: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+def _rebuild(
+    patch: Callable[[type[nn.Module]], type[nn.Module]],
+    function: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+) -> nn.Module:
     module = function(*args)
-    module.__class__ = patched_class(type(module))
+    module.__class__ = patch(type(module))
     return module
 
 
@@ -68,7 +79,7 @@ def original_class(cls: type) -> type:
 
 
 def is_patched_class(cls: type) -> bool:
-    """Whether ``cls`` itself, not a base of it, was made by :func:`patched_class`."""
+    """Whether ``cls`` itself, not a base of it, was made by :func:`make_patched_class`."""
     return "_ssprop_original" in cls.__dict__
 
 
@@ -100,15 +111,34 @@ def patched_class(cls: type[nn.Module]) -> type[nn.Module]:
         name, method = "forward", _linear_forward(cls)
     else:  # a transposed convolution too, whose forward works out its output padding first
         name, method = "forward", _own_forward(cls)
+    return make_patched_class(PatchedLayer, patched_class, cls, name, method)
+
+
+def make_patched_class(
+    mixin: type[Patched],
+    patch: Callable[[type[nn.Module]], type[nn.Module]],
+    cls: type[nn.Module],
+    name: str,
+    method: Callable[..., Any],
+) -> type[nn.Module]:
+    """Return a subclass of ``cls`` whose method ``name`` is ``method``.
+
+    Args:
+        mixin: Its first base.
+        patch: Makes the same class again: a function at the top of a module, for pickles.
+        cls: The class of a layer.
+        name, method: What it overrides. ``method`` may use no global name.
+    """
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__init__": _ordinary_init(cls),
         "_ssprop_original": cls,
+        "_ssprop_patch": staticmethod(patch),
         name: _readable_by_torchscript(method, getattr(cls, name)),
     }
-    return type(cls)(cls.__name__, (PatchedLayer, cls), namespace)
+    return type(cls)(cls.__name__, (mixin, cls), namespace)
 
 
 def _ordinary_init(cls: type[nn.Module]) -> Callable[..., None]:
@@ -144,11 +174,11 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     operation, dense_forward = LAYERS[base_layer(cls)], cls._conv_forward
     # Closure variables, not globals: see _readable_by_torchscript.
     dispatch, is_sparse, pad = _dispatch, _is_sparse, F.pad
-    proxy, keep_in_graph = torch.fx.Proxy, _keep_in_graph
+    proxy, keep = torch.fx.Proxy, keep_in_graph
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, proxy):
-            return keep_in_graph(self, dense_forward, (input, weight, bias), (input,), {})
+            return keep(self, dense_forward, (input, weight, bias), (input,), {})
         policy = getattr(self, "_ssprop_policy", None)
         if policy is None or not is_sparse(self, policy, input, weight, bias):
             return dense_forward(self, input, weight, bias)
@@ -165,11 +195,11 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
 def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     operation, dense_forward = operations.LINEAR, cls.forward
     dispatch, is_sparse = _dispatch, _is_sparse
-    proxy, keep_in_graph = torch.fx.Proxy, _keep_in_graph
+    proxy, keep = torch.fx.Proxy, keep_in_graph
 
     def forward(self: Any, input: Tensor) -> Tensor:
         if isinstance(input, proxy):
-            return keep_in_graph(self, dense_forward, (input,), (input,), {})
+            return keep(self, dense_forward, (input,), (input,), {})
         policy = getattr(self, "_ssprop_policy", None)
         weight, bias = self.weight, self.bias
         if policy is None or not is_sparse(self, policy, input, weight, bias):
@@ -244,7 +274,7 @@ def _run_own_forward(
     kwargs: Any,
 ) -> Any:
     if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
-        return _keep_in_graph(module, dense_forward, (*args, *kwargs.values()), args, kwargs)
+        return keep_in_graph(module, dense_forward, (*args, *kwargs.values()), args, kwargs)
     policy = getattr(module, "_ssprop_policy", None)  # None: a bound method outlived revert
     sparse = policy is not None and policy.active
     if not (sparse and module.training and torch.is_grad_enabled()) or _is_capturing():
@@ -317,7 +347,7 @@ def _catch(
 # --- torch.fx ---------------------------------------------------------------------------------
 
 
-def _keep_in_graph(
+def keep_in_graph(
     module: nn.Module, dense_forward: Callable[..., Any], dense_args: Any, args: Any, kwargs: Any
 ) -> Any:
     """Put the layer itself into a graph that torch.fx traces, as fx does with torch's own layers.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ._validate import check_drop_rate
 from .modules import (
     LAYERS,
+    Patched,
     PatchedLayer,
     base_layer,
     has_own_forward,
@@ -24,6 +25,10 @@ from .modules import (
     original_class,
     overrides_forward,
 )
+
+if TYPE_CHECKING:
+    from .timing.calls import Inputs
+    from .timing.layers import LayerTime
 
 FilterFn = Callable[[nn.Module, str], bool]
 Types = type[nn.Module] | Sequence[type[nn.Module]]
@@ -43,6 +48,7 @@ class PlanRow:
         action: ``"convert"``; ``"skip"``: stays dense; ``"refuse"``: conversion is an error.
         reason: Why.
         drop_rate: The layer's own rate from ``overrides``, or None.
+        times: What its calls took, one entry for each shape of input, where it was measured.
     """
 
     name: str
@@ -51,6 +57,21 @@ class PlanRow:
     action: Literal["convert", "skip", "refuse"]
     reason: str
     drop_rate: float | None = None
+    times: tuple[LayerTime, ...] = ()
+
+    @property
+    def pays(self) -> bool:
+        """Whether all calls of the layer in one step took clearly less time with a sparse backward.
+
+        A layer that was measured and had no call to train does not pay.
+        """
+        dense = sum(t.calls * t.dense_ms.p50 for t in self.times)
+        sparse = sum(t.calls * t.sparse_ms.p50 for t in self.times)
+        return sparse < _CLEARLY * dense
+
+
+# What two measurements of the same layer may differ by on a quiet machine.
+_CLEARLY = 0.97
 
 
 @dataclass(frozen=True)
@@ -58,6 +79,26 @@ class Plan:
     """A dry run of :func:`ssprop_patch.convert`; prints as a table, iterates over its rows."""
 
     rows: tuple[PlanRow, ...]
+    measured: bool = False
+
+    def pays(self, module: nn.Module, name: str = "") -> bool:
+        """Whether a layer pays on this machine, as it was measured: a ``filter_fn``.
+
+        Args:
+            module: A layer of the model that was planned, or of a copy of it.
+            name: Its fully qualified name, which finds it in a copy.
+
+        Raises:
+            RuntimeError: If the plan was made without ``measure=True``.
+        """
+        if not self.measured:
+            raise RuntimeError(
+                "this plan has no times: make it with plan(model, inputs=x, measure=True)"
+            )
+        row = next((r for r in self.rows if r.module is module), None)
+        if row is None:
+            row = next((r for r in self.rows if r.name == name), None)
+        return row is not None and row.pays
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -81,16 +122,39 @@ class Plan:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [("name", "class", "action", "why")]
-        cells += [(r.name or "(model)", r.cls.__name__, r.action, r.reason) for r in self.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(3)]
-        lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in cells]
+        if self.measured:
+            head = ("name", "input", "weight", "dense ms", "sparse ms", "share", "kernel", "pays")
+            cells = [head, *(line for row in self.rows for line in _measured_lines(row))]
+        else:
+            cells = [("name", "class", "action", "why")]
+            cells += [(r.name or "(model)", r.cls.__name__, r.action, r.reason) for r in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+        lines = ["  ".join([*map(str.ljust, row[:-1], widths), row[-1]]).rstrip() for row in cells]
         lines.append(
             f"{len(self.rows)} layers: {len(self.converted)} to convert, "
             f"{len(self.skipped)} stay dense"
             + (f", {len(self.refused)} refused" if self.refused else "")
+            + (f"; {sum(row.pays for row in self.converted)} pay" if self.measured else "")
         )
         return "\n".join(lines)
+
+
+def _measured_lines(row: PlanRow) -> list[tuple[str, ...]]:
+    """Return a line for each shape of input that a layer was given; one that says why none was."""
+    name = row.name or "(model)"
+    if row.action != "convert":
+        return [(name, "", "", "", "", "", "", row.reason)]
+    if not row.times:
+        return [(name, "", "", "", "", "", "", "not run, or needs no gradient: no")]
+    return [
+        (
+            name,
+            "x".join(map(str, t.input_shape)) + f" ({t.calls} times)" * (t.calls > 1),
+            "x".join(map(str, t.weight_shape)), f"{t.dense_ms.p50:.3f}", f"{t.sparse_ms.p50:.3f}",
+            f"{t.share:.2f}", t.kernel, "yes" if row.pays else "no",
+        )
+        for t in row.times
+    ]  # fmt: skip
 
 
 def plan(
@@ -100,8 +164,18 @@ def plan(
     filter_fn: FilterFn | None = None,
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
+    measure: bool = False,
+    inputs: Inputs | None = None,
+    drop_rate: float = 0.8,
+    autocast: torch.dtype | None = None,
+    iterations: int = 15,
 ) -> Plan:
     """Say what :func:`ssprop_patch.convert` would do to each layer, and change nothing.
+
+    With ``measure`` also what it would save on this machine: each layer that would be converted is
+    timed alone, dense and sparse in turns, and ``filter_fn=plan.pays`` converts those that pay::
+
+        convert(model, filter_fn=plan(model, inputs=x, drop_rate=0.8, measure=True).pays)
 
     Args:
         model: Any module, converted or not.
@@ -114,6 +188,13 @@ def plan(
             stem alone).
         overrides: ``{pattern: rate}``, rates of their own for some layers, in force whenever the
             controller's rate is above 0. The first pattern that matches counts.
+        measure: Whether to time the layers: forward and backward of one training step each. A
+            layer pays if its sparse median is below 0.97 of the dense one.
+        inputs: What the model is called with while measuring, on the device and in the memory
+            format of the training: a tensor, a tuple of positional or a dict of keyword arguments.
+        drop_rate: Of the sparse side while measuring.
+        autocast: The dtype of autocast while measuring, or None for none.
+        iterations: Measurements of each side.
 
     Returns:
         The plan, with a row for every convolution and every layer of ``types``, in the order of
@@ -122,8 +203,15 @@ def plan(
     Raises:
         TypeError: If ``model`` is not a module, a pattern not text, or ``types`` not classes.
         ValueError: If a pattern matches no layer of the plan (the nearest names are shown), a rate
-            is not in [0, 1), or one of ``types`` cannot have a sparse backward.
+            is not in [0, 1), one of ``types`` cannot have a sparse backward, or ``measure`` and
+            ``inputs`` come without each other.
     """
+    if measure != (inputs is not None):
+        raise ValueError(
+            "measuring needs inputs to run the model on: plan(model, inputs=x, measure=True)"
+            if measure
+            else "inputs are for measuring: plan(model, inputs=x, measure=True)"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     types = _check_types(types)
@@ -138,7 +226,7 @@ def plan(
     layers = {
         m: aliases
         for m, aliases in names.items()
-        if isinstance(m, (*types, PatchedLayer)) or _looks_like_convolution(m)
+        if isinstance(m, (*types, PatchedLayer)) or _looks_like_convolution(m) or _is_wrapped(m)
     }
     _check_patterns((*exclude, *overrides), layers)
 
@@ -158,14 +246,31 @@ def plan(
                     rate = overrides[pattern]
                     reason += f", drop rate {rate:g} by {pattern!r}"
         rows.append(PlanRow(aliases[0], module, _shown_class(module), action, reason, rate))
-    return Plan(tuple(rows))
+    if not measure:
+        return Plan(tuple(rows))
+    from .timing import time_layers  # which itself begins with a plan
+
+    times = time_layers(
+        model, inputs, drop_rate, types=types, filter_fn=_members(rows), autocast=autocast,
+        iterations=iterations,
+    )  # fmt: skip
+    by_name: dict[str, list[LayerTime]] = {}
+    for time in times:
+        by_name.setdefault(time.name, []).append(time)
+    timed = (replace(row, times=tuple(by_name.get(row.name, ()))) for row in rows)
+    return Plan(tuple(timed), measured=True)
+
+
+def _members(rows: Sequence[PlanRow]) -> FilterFn:
+    wanted = {row.module for row in rows if row.action == "convert"}
+    return lambda module, name: module in wanted
 
 
 def _judge(
     module: nn.Module, types: tuple[type[nn.Module], ...]
 ) -> tuple[Literal["convert", "skip", "refuse"], str]:
     cls = type(module)
-    if isinstance(module, PatchedLayer) and not is_patched_class(cls):
+    if _is_wrapped(module):
         return "refuse", (
             f"{cls.__name__} was put on after conversion: take it off first (for parametrizations "
             "torch.nn.utils.parametrize.remove_parametrizations), then convert or revert"
@@ -211,6 +316,11 @@ def _check_types(types: Types) -> tuple[type[nn.Module], ...]:
     if not found:
         raise ValueError("types is empty: name at least one class of layers, such as nn.Conv2d")
     return found
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether something was put on the class of a patched layer or norm."""
+    return isinstance(module, Patched) and not is_patched_class(type(module))
 
 
 def _looks_like_convolution(module: nn.Module) -> bool:

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .deferred import NormGradient
+from .passes import channel_sum
+
 #: Takes the gradient of a layer's output, shape (N, C_out, *spatial), (rows, features) for a
 #: linear layer, and returns one score per output channel, shape (C_out,). The channels with the
 #: largest scores are kept.
@@ -38,52 +41,15 @@ def kept_channels(channels: int, drop_rate: float) -> int:
     return max(1, int((1.0 - drop_rate) * channels + 0.5))
 
 
-# Elements that a temporary of the scores may have on the CPU: it then stays in the cache, and its
-# memory is used again instead of being mapped anew. Timed from 2**16 to 2**19 and unlimited.
-_CHUNK = 2**19
-
-
-def _channel_sum(dy: Tensor, power: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the sum of ``power(dy)`` over each channel, on the CPU.
-
-    Two vectorised operations on one part of the batch after the other take half to a sixth of the
-    time of the one pass of ``torch.linalg.vector_norm``.
-    """
-    samples = max(1, _CHUNK // max(1, dy[:1].numel()))
-    dims = [0, *range(2, dy.dim())]
-    total = None
-    for part in dy.split(samples):
-        part = power(part.to(_accumulation_dtype(dy)))
-        # Contiguous: along the rows first, which is the fastest order there.
-        by_rows = part.dim() > 2 and part.is_contiguous()
-        part = part.flatten(2).sum(2).sum(0) if by_rows else part.sum(dims)
-        total = part if total is None else total.add_(part)
-    return total
-
-
-def _accumulation_dtype(dy: Tensor) -> torch.dtype:
-    # Half precision would tie channels that differ (8 bits in bfloat16) and overflow in float16.
-    return torch.float32 if dy.dtype in (torch.float16, torch.bfloat16) else dy.dtype
-
-
-def _vector_norm(dy: Tensor, order: int) -> Tensor:
-    dims = [0, *range(2, dy.dim())]
-    return torch.linalg.vector_norm(dy, order, dims, dtype=_accumulation_dtype(dy))
-
-
-def _sum_on_cpu(dy: Tensor) -> bool:
-    # A traced sum (torch.compile) is one fused loop: no parts, no Python loop over the batch.
-    return dy.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def l1_scores(dy: Tensor) -> Tensor:
     """Sum of ``|dy|`` of each channel: the order of the mean in ssProp (arXiv 2408.12561)."""
-    return _channel_sum(dy, torch.abs) if _sum_on_cpu(dy) else _vector_norm(dy, 1)
+    return channel_sum(dy, 1)
 
 
 def l2_scores(dy: Tensor) -> Tensor:
-    """Euclidean norm of ``dy`` of each channel."""
-    return _channel_sum(dy, torch.square).sqrt() if _sum_on_cpu(dy) else _vector_norm(dy, 2)
+    """Euclidean norm of ``dy`` of each channel; of a deferred one without forming it."""
+    squares = dy.sum_of_squares() if isinstance(dy, NormGradient) else channel_sum(dy, 2)
+    return squares.sqrt()
 
 
 def random_scores(dy: Tensor) -> Tensor:
@@ -149,6 +115,12 @@ def resolve_selection(selection: Selection) -> ScoreFn:
     )
 
 
+def scores_deferred(score_fn: ScoreFn) -> bool:
+    """Whether ``score_fn`` scores a gradient that batch norm has not formed yet."""
+    local = getattr(score_fn, "local", score_fn)  # of the scores of all ranks: of one rank
+    return local is l2_scores
+
+
 @torch.no_grad()
 def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
     """Return the indices of the kept output channels, ascending.
@@ -167,7 +139,8 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
         ValueError: If ``score_fn`` does not return one score per channel.
     """
     channels = dy.shape[1]
-    scores = score_fn(dy.detach())
+    deferred = isinstance(dy, NormGradient) and scores_deferred(score_fn)
+    scores = score_fn(dy if deferred else dy.detach())
     if not isinstance(scores, Tensor) or scores.shape != (channels,):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(

@@ -37,10 +37,10 @@ def choices(channels, groups):
     return [range(g * size, (g + 1) * size) for g in range(groups)]
 
 
-def importance(dy):
-    """Mean of |dy| over batch and space, as Python floats; half precision is summed wider."""
+def importance(dy, order=1):
+    """Mean of |dy| ** order over batch and space, as Python floats; half precision summed wider."""
     wide = dy.detach().double() if dy.dtype.itemsize < 4 else dy.detach()
-    return wide.abs().transpose(0, 1).flatten(1).mean(1).tolist()
+    return wide.abs().pow(order).transpose(0, 1).flatten(1).mean(1).tolist()
 
 
 @dataclass
@@ -55,9 +55,9 @@ class Choice:
     gap: float
 
 
-def choose(dy, groups, drop_rate):
+def choose(dy, groups, drop_rate, order=1):
     """Choose among the channels of dy, shape (N, C_out, *spatial)."""
-    scores = importance(dy)
+    scores = importance(dy, order)
     keep, gap = torch.zeros(dy.shape[1], dtype=torch.bool), math.inf
     for channels in choices(dy.shape[1], groups):
         k = number_kept(len(channels), drop_rate)
@@ -156,9 +156,9 @@ def functions_of(module):
 
 
 class _MaskLayers(TorchFunctionMode):
-    def __init__(self, drop_rate, record, inside):
+    def __init__(self, drop_rate, record, inside, order):
         super().__init__()
-        self.drop_rate, self.record, self.inside = drop_rate, record, inside
+        self.drop_rate, self.record, self.inside, self.order = drop_rate, record, inside, order
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -172,7 +172,7 @@ class _MaskLayers(TorchFunctionMode):
         batched = y.dim() == (args[1] if len(args) > 1 else kwargs["weight"]).dim()
 
         def choose_from(dy):
-            choice = choose(dy, groups, self.drop_rate)
+            choice = choose(dy, groups, self.drop_rate, self.order)
             self.record.calls += 1
             self.record.dropped += not choice.keep.all()
             self.record.gap = min(self.record.gap, choice.gap)
@@ -187,11 +187,11 @@ class _MaskLayers(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def network(model, drop_rate, types=CONVOLUTIONS):
+def network(model, drop_rate, types=CONVOLUTIONS, order=1):
     """Give every layer of ``types`` in an unconverted model a masked gradient; yield a Record.
 
     Around the forward; the backward may come later. Calls of ``F.conv*d`` and the like from outside
-    of such a layer stay as they are.
+    of such a layer stay as they are. ``order`` is that of the importance: 1 for l1, 2 for l2.
     """
     record, inside = Record(), []
 
@@ -207,7 +207,7 @@ def network(model, drop_rate, types=CONVOLUTIONS):
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with _MaskLayers(drop_rate, record, inside):
+        with _MaskLayers(drop_rate, record, inside, order):
             yield record
     finally:
         for handle in handles:

@@ -1,4 +1,7 @@
-"""benchmarks/train_classifier.py: what it prints and writes, resuming, and what it refuses."""
+"""benchmarks/train_classifier.py: what it prints and writes, resuming, and what it refuses.
+
+At the end benchmarks/bench_conv.py, bench_step.py and plot.py: their rows, layers and pictures.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,29 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import ssprop_patch as ssp
+from ssprop_patch.timing import Quantiles
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "train_classifier.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
+import bench_conv  # noqa: E402
+import bench_step  # noqa: E402
+import plot  # noqa: E402
+import rows as schema  # noqa: E402
 import train_classifier  # noqa: E402
 from classifier import clock, costs, data, models, table, training  # noqa: E402
 from classifier.batches import Batches, Images  # noqa: E402
@@ -453,3 +464,394 @@ def test_models_of_both_libraries():
     assert models.build(parse(["--stem", "own"]), classes=10, channels=1, size=8)[
         0
     ].conv1.kernel_size == (7, 7)
+
+
+# --- times of layers and networks: the rows ----------------------------------------------------
+
+SETTING = schema.Setting(
+    name="net", device="Some CPU, 2.0 GHz", dtype="float32", memory_format="contiguous",
+    shape="2x3x8x8", drop_rate=0.8, selection="l1", options="", iterations=3, threads=1,
+    torch="2", timm="1", python="3",
+)  # fmt: skip
+# Seconds: forward, backward, step.
+DENSE = [Quantiles(0.8, 1.0, 1.2), Quantiles(1.9, 2.0, 2.5), Quantiles(3.0, 4.0, 5.0)]
+SPARSE = [Quantiles(0.9, 1.1, 1.2), Quantiles(0.7, 0.8, 1.1), Quantiles(2.0, 2.5, 3.0)]
+
+
+def compared(setting: schema.Setting = SETTING, modes=("forward", "backward", "step")):
+    return schema.compare(
+        setting, modes, {"dense": DENSE, "sparse": SPARSE}, {"dense": 1.0, "sparse": 0.25},
+        kernels={"sparse": "gather"}, peaks={"dense": 7.5, "sparse": None},
+    )  # fmt: skip
+
+
+def test_rows_hold_shares_and_limits():
+    found = {(r.side, r.mode): r for r in compared()}
+    backward, step = found["sparse", "backward"], found["sparse", "step"]
+    assert (backward.p20_ms, backward.p50_ms, backward.p80_ms) == (700, 800, 1100)
+    assert backward.share_of_dense == 0.4 and backward.limit_ms == 500
+    assert backward.limit == pytest.approx(0.25)
+    assert step.share_of_dense == 0.625 and step.limit_ms == 4000 - 1500
+    assert found["sparse", "forward"].limit_ms is None is found["sparse", "forward"].limit
+    assert [found["dense", m].limit for m in ("backward", "step")] == [1.0, 1.0]
+    assert {key: r.peak_memory_mib for key, r in found.items() if r.peak_memory_mib} == {
+        ("dense", "step"): 7.5
+    }
+    assert {r.kernel for r in found.values() if r.side == "sparse"} == {"gather"}
+
+
+def test_rows_come_back_from_the_file_and_more_are_appended(tmp_path):
+    file = tmp_path / "times.csv"
+    first, second = compared(), compared(replace(SETTING, name="other", options="compiled"))
+    schema.append(file, first)
+    schema.append(file, second)
+    assert schema.read(file) == first + second
+    lines = file.read_text().splitlines()
+    assert lines[0].split(",") == list(schema.FIELDS) and len(lines) == 1 + len(first + second)
+
+
+def test_file_with_other_columns_is_refused_and_left_alone(tmp_path):
+    file = tmp_path / "times.csv"
+    header = [name for name in schema.FIELDS if name != "limit_ms"] + ["limit"]
+    for columns, message in (
+        (header, "without limit_ms; with limit"),
+        (schema.FIELDS[::-1], "in another order"),
+    ):
+        file.write_text(before := ",".join(columns) + "\n")
+        for use in (schema.read, lambda path: schema.append(path, compared())):
+            with pytest.raises(ValueError, match=message):
+                use(file)
+        assert file.read_text() == before
+    with pytest.raises(ValueError, match="there is no folder"):
+        schema.append(tmp_path / "missing" / "times.csv", compared())
+
+
+@pytest.mark.parametrize("cut", [lambda line: line.rpartition(",")[0], lambda line: line[5:]])
+def test_broken_line_is_named(cut, tmp_path):
+    file = tmp_path / "times.csv"
+    schema.append(file, [replace(compared()[1], name="x" * 5, iterations=3)])
+    text = file.read_text().splitlines()
+    good = schema.read(file)
+    assert len(good) == 1
+    file.write_text("\n".join([*text, cut(text[1]).replace(",3,1,", ",?,1,")]) + "\n")
+    with pytest.raises(ValueError, match=r"times.csv, line 3"):
+        schema.read(file)
+
+
+@pytest.mark.parametrize("bench, what", [(bench_conv, "--layer"), (bench_step, "--network")])
+def test_nothing_is_measured_for_a_file_that_cannot_be_appended_to(
+    bench, what, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "times.csv"
+    file.write_text("name,limit\n")
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--output", str(file)])
+    assert stop.value.code == 2 and "has other columns" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        bench.main([what, "nothing"])
+    assert stop.value.code == 2 and "nothing" in capsys.readouterr().err
+
+
+# --- single layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, layer, rest",
+    [
+        ("conv2d:2x6x9x9:8:3", nn.Conv2d(6, 8, 3, padding=1, bias=False), {}),
+        ("Conv2d:2x6x9x9:8:3x5:stride=2x1,dilation=2,groups=2,bias=1",
+         nn.Conv2d(6, 8, (3, 5), (2, 1), (2, 4), 2, 2), {}),
+        ("conv2d:2x3x9x9:8:7:stride=2,padding=0,dx=0", nn.Conv2d(3, 8, 7, 2, bias=False),
+         {"dx": False}),
+        ("conv1d:2x6x9:8:4", nn.Conv1d(6, 8, 4, padding=1, bias=False), {}),
+        ("conv3d:1x2x5x5x5:4:1", nn.Conv3d(2, 4, 1, bias=False), {}),
+        ("convtranspose2d:2x6x4x4:8:2:stride=2", nn.ConvTranspose2d(6, 8, 2, 2, bias=False), {}),
+        ("linear:2x5x6:8:bias=1", nn.Linear(6, 8), {}),
+        ("linear:5x6:8", nn.Linear(6, 8, bias=False), {}),
+    ],
+)  # fmt: skip
+def test_layer_is_read_from_text(text, layer, rest):
+    spec = bench_conv.LayerSpec.parse(text)
+    assert repr(spec.build()) == repr(layer)
+    assert spec.dx is rest.get("dx", True)
+    shape = text.split(":")[1]
+    assert "x".join(map(str, spec.shape)) == shape
+    kind, out = spec.name.split(":", 1)
+    assert bench_conv.LayerSpec.parse(f"{kind}:{shape}:{out}") == spec  # the name can be used
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("conv4d:2x6x9x9:8:3", "the kind must be one of conv1d"),
+        ("conv2d", "expected conv2d:SHAPE:OUT:KERNEL"),
+        ("conv2d:2x6x9x9:8", "expected conv2d:SHAPE:OUT:KERNEL"),
+        ("linear:2x6:8:3", "expected linear:SHAPE:OUT"),
+        ("conv2d:6x9x9:8:3", "must have 4 dimensions"),
+        ("linear:6:8", "2 or more dimensions"),
+        ("conv2d:2x6x9xx:8:3", "the shape must be integers >= 1"),
+        ("conv2d:0x6x9x9:8:3", "the shape must be integers >= 1"),
+        ("conv2d:2x6x9x9:8x8:3", "OUT must be one number"),
+        ("conv2d:2x6x9x9:1:3", "one output channel"),
+        ("conv2d:2x6x9x9:8:3x3x3", "KERNEL must be 2 numbers or one"),
+        ("conv2d:2x6x9x9:8:3:stride=0", "stride must be integers >= 1"),
+        ("conv2d:2x6x9x9:8:3:padding=same", "padding must be integers >= 0"),
+        ("conv2d:2x6x9x9:8:3:strid=2,dx=1", "strid: the keys are stride"),
+        ("linear:2x6:8:stride=2", "stride: the keys are bias, dx"),
+        ("conv2d:2x6x9x9:8:3:bias=yes", "bias must be 0 or 1"),
+        ("conv2d:2x6x9x9:8:3:groups=4", "divisible by groups"),
+        ("conv2d:2x6x9x9:8:13:padding=0", "[Kk]ernel size"),
+    ],
+)
+def test_layer_that_does_not_exist_is_refused_with_its_text(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        bench_conv.LayerSpec.parse(text)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("conv2d:1x64x8x8:64:3", 13 / 64),  # 12.8 rounded
+        ("conv2d:1x96x8x8:96:3:groups=96", 19 / 96),
+        ("conv2d:1x64x8x8:128:3:groups=32", 1 / 4),  # of four in each group one
+        ("linear:4x8:10", 2 / 10),
+    ],
+)
+def test_part_of_the_channels_that_is_kept(text, kept):
+    assert bench_conv.LayerSpec.parse(text).kept(0.8) == kept
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta for a device with a queue
+def test_backward_is_timed_without_its_forward(device, monkeypatch):
+    clock = {"now": 0.0, "forwards": 0, "waits": 0}
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            clock["now"] += 10
+            clock["forwards"] += 1
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            clock["now"] += 1
+            return dy
+
+    def wait() -> None:
+        clock["waits"] += 1
+
+    monkeypatch.setattr(bench_conv, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    monkeypatch.setattr(bench_conv, "waiter", lambda _: wait)
+    layer = nn.Module()
+    layer.forward = Slow.apply
+    x = torch.ones(2, 3, requires_grad=True, device=device)
+    run = bench_conv.passes(layer, x, None)
+    before = clock["forwards"]
+    assert run(3) == [10, 1, 11]
+    assert clock["forwards"] - before == 6  # each backward, alone or in both, has its own
+    # At the four ends of the three parts, of each pass or of all passes together.
+    assert clock["waits"] == (4 * 3 if device == "cpu" else 4)
+
+
+def test_layers_are_timed_and_written(tmp_path, capsys):
+    file = tmp_path / "times.csv"
+    texts = ["conv2d:2x3x9x9:10:3:stride=2,dx=0", "conv1d:2x8x16:10:3", "linear:2x5x16:20:bias=1",
+             "convtranspose2d:2x8x5x5:10:2:stride=2"]  # fmt: skip
+    few = ["--iterations", "2", "--warmup", "1", "--output", str(file)]
+    assert bench_conv.main(["--channels-last", *few, "--layer", *texts]) == 0
+    out = capsys.readouterr().out
+    found = schema.read(file)
+    assert len(found) == len(texts) * 2 * 3
+    for text in texts:
+        kind, shape, rest = text.split(":", 2)
+        of_one = {(r.side, r.mode): r for r in found if r.name == f"{kind}:{rest}"}
+        assert len(of_one) == 6 and f"{kind}:{rest}" in out
+        for (side, mode), row in of_one.items():
+            assert row.shape == shape and row.iterations == 2 and row.torch == torch.__version__
+            assert row.memory_format == ("channels_last" if "2d" in kind else "contiguous")
+            assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+            dense = of_one["dense", mode].p50_ms
+            assert row.share_of_dense == pytest.approx(row.p50_ms / dense, abs=1e-3)
+            assert row.kernel in (("gather", "matmul") if side == "sparse" else ("",))
+        assert of_one["sparse", "backward"].limit_ms == pytest.approx(
+            0.2 * of_one["dense", "backward"].p50_ms, abs=2e-5
+        )
+    assert {r.setting for r in found if r.side == "dense"} == {r.setting for r in found}
+
+
+@pytest.mark.parametrize("option, dtype", [("--amp", "bfloat16 autocast"), ("--dtype", "float64")])
+def test_layers_in_other_dtypes(option, dtype, tmp_path, monkeypatch):
+    seen, measured = [], bench_conv.passes
+
+    def passes(layer, x, autocast):
+        seen.append((x.dtype, autocast, x.requires_grad))
+        return measured(layer, x, autocast)
+
+    monkeypatch.setattr(bench_conv, "passes", passes)
+    file = tmp_path / "times.csv"
+    given = [option] if option == "--amp" else [option, dtype]
+    bench_conv.main([*given, "--layer", "conv2d:2x4x6x6:8:3", "conv2d:2x4x6x6:8:3:dx=0",
+                     "--selection", "l2", "--iterations", "1", "--output", str(file)])  # fmt: skip
+    wanted = (torch.float32, torch.bfloat16) if option == "--amp" else (torch.float64, None)
+    assert seen == [(*wanted, dx) for dx in (True, True, False, False)]
+    assert {(r.dtype, r.selection) for r in schema.read(file)} == {(dtype, "l2")}
+
+
+# --- whole networks ----------------------------------------------------------------------------
+
+
+def step_options(**given: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"drop_rate": 0.8, "selection": "l1", "types": [], "amp": False,
+                              "skip_grouped": False} | given)  # fmt: skip
+
+
+def sparse_layers(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if hasattr(m, "_ssprop_policy")}
+
+
+def test_which_layers_of_a_network_become_sparse():
+    vit = timm.create_model("test_vit")
+    linear = {n for n, m in vit.named_modules() if isinstance(m, nn.Linear)}
+    assert sparse_layers(bench_step.make_sparse(vit, 0.8, step_options())) == {"patch_embed.proj"}
+    both = bench_step.make_sparse(vit, 0.8, step_options(types=["linear"]))
+    assert sparse_layers(both) == {"patch_embed.proj", *linear} - {"head"}
+    assert not sparse_layers(vit)
+    net = timm.create_model("test_efficientnet")
+    all_of_them = sparse_layers(bench_step.make_sparse(net, 0.8, step_options()))
+    rest = sparse_layers(bench_step.make_sparse(net, 0.8, step_options(skip_grouped=True)))
+    grouped = {n for n, m in net.named_modules() if getattr(m, "groups", 1) > 1}
+    assert rest == all_of_them - grouped != all_of_them
+
+
+def test_measured_plan_says_which_layers_become_sparse(tmp_path, monkeypatch):
+    asked = []
+
+    def plan(model, *, inputs, types, drop_rate, measure):
+        asked.append((tuple(inputs.shape), nn.Linear in types, drop_rate, measure))
+        own = set(model.modules())
+        # A plan of another copy would not know these layers.
+        return SimpleNamespace(pays=lambda layer, name: layer in own and name.startswith("layer1"))
+
+    monkeypatch.setattr(ssp, "plan", plan)
+    net, x = timm.create_model("test_resnet"), torch.zeros(2, 3, 32, 32)
+    args = step_options(types=["linear"])
+    found = bench_step.make_sparse(net, 0.8, args, measured_on=x)
+    assert asked == [((2, 3, 32, 32), True, 0.8, True)]
+    assert sparse_layers(found) == {n for n in sparse_layers(bench_step.make_sparse(net, 0.8, args))
+                                    if n.startswith("layer1")} != set()  # fmt: skip
+
+    file = tmp_path / "times.csv"
+    bench_step.main(["--network", "test_resnet:2:32", "--measured-plan", "--iterations", "1",
+                     "--warmup", "1", "--output", str(file)])  # fmt: skip
+    limits = {r.side: r.limit for r in schema.read(file) if r.mode == "backward"}
+    assert limits["sparse"] + 0.1 < limits["plan"] < 0.99
+    assert limits["rate0"] == pytest.approx(1.0, rel=1e-3)
+
+    monkeypatch.setattr(ssp, "plan", lambda *_, **__: SimpleNamespace(pays=lambda *_: False))
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        none = bench_step.make_sparse(net, 0.8, args, measured_on=x)
+    assert bench_step.flops_left(none, x.shape, args) == 1.0
+
+
+def test_networks_are_timed_and_written(tmp_path, capsys):
+    file = tmp_path / "times.csv"
+    bench_step.main(["--network", "test_resnet:2:32", "test_vit:1:160", "--types", "Linear",
+                     "--iterations", "2", "--warmup", "1", "--selection", "l2",
+                     "--output", str(file)])  # fmt: skip
+    out = capsys.readouterr().out
+    found = {(r.name, r.side, r.mode): r for r in schema.read(file)}
+    assert len(found) == 2 * 3 * 3
+    for (name, side, mode), row in found.items():
+        assert name in out and row.options == "types=linear" and row.selection == "l2"
+        assert row.shape == ("2x3x32x32" if name == "test_resnet" else "1x3x160x160")
+        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms and row.peak_memory_mib is None
+        dense = {m: found[name, "dense", m].p50_ms for m in ("forward", "backward", "step")}
+        assert row.share_of_dense == pytest.approx(row.p50_ms / dense[mode], abs=1e-3)
+        if mode == "backward" and side == "sparse":
+            # At least a fifth of the channels is left; where some are dense, or few, more.
+            assert 0.2 < row.limit < 0.3
+            step = found[name, side, "step"]
+            spared = dense["backward"] - row.limit_ms
+            assert step.limit_ms == pytest.approx(dense["step"] - spared, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("resnet18", "'resnet18' is not NAME:BATCH:PIXELS"),
+        ("resnet18:8:0", "'resnet18:8:0' is not NAME:BATCH:PIXELS"),
+        ("resnett18:8:32", "timm has no network 'resnett18'; the nearest names are .*resnet18"),
+    ],
+)
+def test_network_that_does_not_exist_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        bench_step.Network.parse(text)
+
+
+def test_peak_memory_is_on_top_of_what_was_there(monkeypatch):
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.ones(2, 2)
+    state = {"now": 300, "peak": 900}  # MiB; an earlier peak does not count
+
+    def step() -> None:
+        assert model.weight.grad is None  # what the last step left is not there before
+        state["peak"] = max(state["peak"], 450)
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: state["now"] << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: state["peak"] << 20)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda _: state.update(peak=state["now"])
+    )
+    assert bench_step.peak_memory(step, model, device) == 150
+    assert bench_step.peak_memory(step, model, torch.device("cpu")) is None
+
+
+# --- the picture of them -----------------------------------------------------------------------
+
+
+def test_picture_has_a_panel_for_each_setting_and_the_last_of_repeats():
+    slower = [replace(r, share_of_dense=9.0) for r in compared()]
+    other = compared(replace(SETTING, drop_rate=0.5))
+    layers = compared(replace(SETTING, name="conv2d:8:3"), ("forward", "backward", "both"))
+    found = plot.panels([*slower, *compared(), *other, *layers])
+    assert [title.split(";")[0] for title in found] == ["networks", "networks", "single layers"]
+    first, half, single = found.values()
+    assert {r.share_of_dense for r in first["net", "2x3x8x8"].values()} == {0.4, 0.625}
+    assert {r.drop_rate for r in half["net", "2x3x8x8"].values()} == {0.5}
+    assert {p.mode for p in single["conv2d:8:3", "2x3x8x8"]} == {"backward", "both"}
+
+
+def test_picture_shows_medians_quantiles_and_limits():
+    (axes,) = plot.draw(compared()).axes
+    marks = {m.get_xdata()[0] for m in axes.lines if m.get_marker() == "o"}
+    limits = {round(m.get_xdata()[0], 6) for m in axes.lines
+              if m.get_marker() == "|" and m.get_markersize() > 8}  # fmt: skip
+    assert marks == {0.4, 0.625} and limits == {0.25, 0.625}
+    spans = sorted(
+        tuple(x for x, _ in segment)
+        for whiskers in axes.collections
+        for segment in whiskers.get_segments()
+    )
+    # 700 and 1100 of 2000 ms; 2000 and 3000 of 4000.
+    assert np.allclose(spans, [(0.35, 0.55), (0.5, 0.75)])
+
+
+def test_picture_is_written_beside_the_rows(tmp_path, capsys):
+    file = tmp_path / "times.csv"
+    schema.append(file, compared())
+    assert plot.main([str(file)]) == 0
+    picture = Image.open(tmp_path / "times.png").convert("RGB")
+    assert picture.size[0] > 700 and len(picture.getcolors(10**6)) > 20
+    assert plot.main([str(file), "-o", str(tmp_path / "other.png")]) == 0
+    assert (tmp_path / "other.png").exists()
+
+    only_dense = tmp_path / "dense.csv"
+    schema.append(only_dense, [r for r in compared() if r.side == "dense"])
+    missing = tmp_path / "missing.csv"
+    for argument, message in ((only_dense, "no row of a sparse side"), (missing, "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            plot.main([str(argument)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """plan: what happens to each convolution and why, as a dry run."""
 
+import copy
 import re
 
 import pytest
@@ -265,3 +266,89 @@ def test_the_stem_alone_can_be_named():
     model = torchvision.models.resnet18(num_classes=3)
     assert [row.name for row in ssp.plan(model, exclude="^conv1$").skipped] == ["conv1"]
     assert len(ssp.plan(model, exclude="conv1").skipped) == 9  # the stem and one in each block
+
+
+# --- measured ---------------------------------------------------------------------------------
+
+
+def two_convolutions():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 1, 1))
+
+
+def timed(monkeypatch, seconds):
+    """Make the timing return ``seconds[name] = (dense, sparse)`` for the layers it is to time."""
+    from ssprop_patch import timing
+
+    asked = {}
+
+    def time_layers(model, inputs, drop_rate, *, types, filter_fn, autocast, iterations):
+        rows = ssp.plan(model, types=types, filter_fn=filter_fn).converted
+        asked.update(drop_rate=drop_rate, names=[row.name for row in rows])
+        return [
+            timing.LayerTime(
+                row.name, "Conv2d", calls, (1, 3, 8, 8), (4, 3, 3, 3), (1, 4, 6, 6),
+                timing.Quantiles(dense, dense, dense), timing.Quantiles(sparse, sparse, sparse),
+                "gather",
+            )
+            for row in rows
+            for calls, dense, sparse in seconds.get(row.name, ())
+        ]  # fmt: skip
+
+    monkeypatch.setattr(timing, "time_layers", time_layers)
+    return asked
+
+
+def test_measured_says_which_layers_pay(monkeypatch):
+    asked = timed(monkeypatch, {"0": [(1, 2.0, 1.0)], "1": [(1, 1.0, 0.98)]})
+    model = two_convolutions()
+    plan = ssp.plan(model, inputs=torch.randn(1, 3, 8, 8), drop_rate=0.7, measure=True)
+    assert asked == {"drop_rate": 0.7, "names": ["0", "1"]}
+    assert [row.pays for row in plan] == [True, False, False]  # 0.98: may be chance
+    lines = str(plan).splitlines()
+    assert lines[0].split() == "name input weight dense ms sparse ms share kernel pays".split()
+    assert lines[1].split() == "0 1x3x8x8 4x3x3x3 2.000 1.000 0.50 gather yes".split()
+    assert "one output channel" in lines[3]
+    assert lines[-1] == "3 layers: 2 to convert, 1 stay dense; 1 pay"
+    ssp.convert(model, filter_fn=plan.pays)
+    assert [ssp.is_converted(m) for m in model] == [True, False, False]
+    twin = ssp.convert(two_convolutions(), filter_fn=plan.pays)  # found by name
+    assert [ssp.is_converted(m) for m in twin] == [True, False, False]
+
+
+def test_measured_a_layer_pays_by_all_its_calls(monkeypatch):
+    timed(monkeypatch, {"0": [(1, 10.0, 5.0), (9, 1.0, 1.9)], "1": [(1, 1.0, 1.5), (9, 1.0, 0.5)]})
+    plan = ssp.plan(two_convolutions(), inputs=torch.randn(1, 3, 8, 8), measure=True)
+    assert [row.pays for row in plan] == [False, True, False]
+    assert "(9 times)" in str(plan)
+
+
+def test_measured_leaves_out_what_stays_dense(monkeypatch):
+    asked = timed(monkeypatch, {"1": [(1, 2.0, 1.0)]})
+    plan = ssp.plan(two_convolutions(), exclude="^0$", inputs=torch.randn(1, 3, 8, 8), measure=True)
+    assert asked["names"] == ["1"]
+    assert [row.pays for row in plan] == [False, True, False]
+
+
+def test_measured_for_real():
+    model = two_convolutions()
+    before = copy.deepcopy(model.state_dict())
+    plan = ssp.plan(model, inputs=torch.randn(2, 3, 8, 8), measure=True, iterations=1)
+    assert [len(row.times) for row in plan] == [1, 1, 0]
+    assert all(t.dense_ms.p50 > 0 and t.sparse_ms.p50 > 0 for row in plan for t in row.times)
+    assert not ssp.is_converted(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_layer_without_a_gradient_does_not_pay():
+    model = two_convolutions().requires_grad_(False)
+    plan = ssp.plan(model, inputs=torch.randn(2, 3, 8, 8), measure=True, iterations=1)
+    assert not any(row.pays for row in plan) and "needs no gradient" in str(plan)
+
+
+def test_measuring_and_inputs_need_each_other():
+    with pytest.raises(ValueError, match="measuring needs inputs"):
+        ssp.plan(two_convolutions(), measure=True)
+    with pytest.raises(ValueError, match="inputs are for measuring"):
+        ssp.plan(two_convolutions(), inputs=torch.randn(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="has no times"):
+        ssp.convert(two_convolutions(), filter_fn=ssp.plan(two_convolutions()).pays)

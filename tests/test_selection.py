@@ -42,9 +42,9 @@ def gradients(draw):
 def way(request, monkeypatch):
     """Each way of computing the scores: on the CPU at once or in parts, and as elsewhere."""
     if request.param == "parts":
-        monkeypatch.setattr("ssprop_patch.selection._CHUNK", 25)
+        monkeypatch.setattr("ssprop_patch.passes._CHUNK", 25)
     if request.param == "norm":
-        monkeypatch.setattr("ssprop_patch.selection._sum_on_cpu", lambda dy: False)
+        monkeypatch.setattr("ssprop_patch.passes._sum_in_parts", lambda dy: False)
     return request.param
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .._validate import check_count, check_drop_rate
 from ..backward import ConvParams, choose_kernel
 from ..convert import convert
-from ..plan import DEFAULT_TYPES, Types, plan
+from ..plan import DEFAULT_TYPES, FilterFn, Types, plan
 from ..selection import selectable_channels
 from ..trace import Shape
 from .calls import Inputs, LayerCall, autocasting, isolated, record_calls
@@ -75,6 +75,7 @@ def time_layers(
     drop_rate: float = 0.8,
     *,
     types: Types = DEFAULT_TYPES,
+    filter_fn: FilterFn | None = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
     progress: Callable[[int, int], None] | None = None,
@@ -88,7 +89,7 @@ def time_layers(
         model: Any module, converted or not; on the device and in the memory format to be timed.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         drop_rate: Of the sparse side.
-        types: Classes of layers, as for :func:`ssprop_patch.convert`.
+        types, filter_fn: Which layers, as for :func:`ssprop_patch.convert`.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each side.
         progress: Is called with how many of how many layers are done.
@@ -102,7 +103,7 @@ def time_layers(
     """
     rate = check_drop_rate(drop_rate)
     iterations = check_count(iterations, "iterations", 1)
-    rows = {row.module: row for row in plan(model, types=types).converted}
+    rows = {row.module: row for row in plan(model, types=types, filter_fn=filter_fn).converted}
     calls = record_calls(model, list(rows), inputs, autocast)
     timed: dict[str, tuple[Quantiles, Quantiles, str]] = {}
     found = []

@@ -1,0 +1,127 @@
+"""The gradient that batch norm passes on, formed only where it is read.
+
+With dz the gradient of the norm's output, x the norm's input (a convolution's output), and x_hat
+the normalised x, the gradient that the convolution gets is, per channel and over n positions,
+
+    dy = weight / std * (dz - sum(dz) / n - x_hat * sum(dz * x_hat) / n)
+
+so that its sum of squares follows from sums that the norm's backward computes anyway:
+
+    sum(dy^2) = (weight / std)^2 * (sum(dz^2) - sum(dz)^2 / n - (1 + e) * sum(dz * x_hat)^2 / n)
+
+where e = eps / std^2, as the squares of x_hat sum to n * (1 - e). A sparse backward under ``"l2"``
+therefore chooses its channels before dy exists, and has only the chosen ones formed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import passes
+
+aten = torch.ops.aten
+
+
+class NormGradient(Tensor):
+    """The gradient of the input of a batch norm in training mode: shape, and how to form it.
+
+    Whoever is not ready for it (a hook, a sum with another gradient, any operation of torch) gets
+    the ordinary tensor: the first operation on it forms that.
+
+    Args:
+        dz: Gradient of the norm's output, (N, C, *spatial).
+        x: The norm's input, of the same shape.
+        weight: (C,), or None.
+        mean, invstd: Of the batch, (C,).
+        eps: What was added to the variance.
+        sum_dz, sum_dz_xhat: Over batch and space, (C,).
+        sum_dz2: Of the squares of dz, if it is known already.
+    """
+
+    @staticmethod
+    def __new__(cls, dz: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> NormGradient:
+        return Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device
+        )
+
+    def __init__(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        eps: float,
+        sum_dz: Tensor,
+        sum_dz_xhat: Tensor,
+        sum_dz2: Tensor | None = None,
+    ) -> None:
+        self._dz, self._x, self._weight = dz, x, weight
+        self._mean, self._invstd, self._eps = mean, invstd, eps
+        self._sum_dz, self._sum_dz_xhat, self._sum_dz2 = sum_dz, sum_dz_xhat, sum_dz2
+        self._formed: Tensor | None = None
+
+    def form(self) -> Tensor:
+        """Return the whole gradient, (N, C, *spatial)."""
+        if self._formed is None:
+            self._formed = self._input_grad(self._weight)
+        return self._formed
+
+    def form_masked(self, keep: Tensor) -> Tensor:
+        """Return the whole gradient with zeros in the channels where ``keep``, (C,) bool, is False.
+
+        The norm's own weight is masked, which takes no further pass over memory.
+        """
+        weight = torch.ones_like(self._invstd) if self._weight is None else self._weight
+        return self._input_grad(torch.where(keep, weight, 0))
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return the gradient of the channels ``index`` alone, (N, k, *spatial)."""
+        if self._formed is not None:
+            return passes.take_channels(self._formed, index)
+        return passes.norm_input_grad(
+            self._dz, self._x, self._weight, self._mean, self._invstd,
+            self._sum_dz, self._sum_dz_xhat, index,
+        )  # fmt: skip
+
+    def sum_of_squares(self) -> Tensor:
+        """Return the sum of the squares of each channel, (C,), without forming the gradient."""
+        n = self._dz.numel() // self._dz.shape[1]
+        dz2 = passes.channel_sum(self._dz, 2) if self._sum_dz2 is None else self._sum_dz2
+        xhat_part = self._sum_dz_xhat.square() * (1 + self._eps * self._invstd.square())
+        rest = dz2 - (self._sum_dz.square() + xhat_part) / n
+        scale = self._invstd if self._weight is None else self._weight * self._invstd
+        # Rounding may take what is zero to below it.
+        return scale.square() * rest.clamp_min(0)
+
+    @torch.no_grad()
+    def _input_grad(self, weight: Tensor | None) -> Tensor:
+        return aten.native_batch_norm_backward(
+            self._dz, self._x, weight, None, None, self._mean, self._invstd,
+            True, 0.0, [True, False, False],
+        )[0]  # fmt: skip
+
+    # --- for everybody else it is the tensor that it stands for --------------------------------
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, cls.form, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.form())
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the formed gradient as an array."""
+        return self.form().numpy(force=force)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.form().__reduce_ex__(protocol)

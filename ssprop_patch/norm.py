@@ -1,0 +1,156 @@
+"""Batch norm behind a sparse convolution: its gradient is formed for the kept channels only.
+
+A batch norm whose input comes straight from a convolution with a sparse backward gives that a
+gradient which is not formed yet (:mod:`ssprop_patch.deferred`). Whether it does is seen in the
+autograd graph, call by call: nothing is paired beforehand, and where anything stands in between
+(a hook's function, an addition, eval mode) the norm is torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.overrides import TorchFunctionMode
+
+from . import passes
+from .autograd import SparseConvNode, in_transform
+from .deferred import NormGradient
+from .modules import Patched, keep_in_graph, make_patched_class
+from .selection import scores_deferred
+
+# Of so few positions per channel nothing is saved, and the closed form is mostly cancellation.
+_MIN_POSITIONS = 16
+
+
+class PatchedNorm(Patched):
+    """Mixin of patched batch norms."""
+
+
+def can_defer(module: nn.Module) -> bool:
+    """Whether a layer is a batch norm that can be patched.
+
+    Not SyncBatchNorm, whose sums are those of all ranks; not one whose forward was replaced on
+    the instance.
+    """
+    return (
+        isinstance(module, _BatchNorm)
+        and not isinstance(module, (nn.SyncBatchNorm, _LazyNormBase, torch.jit.ScriptModule))
+        and "forward" not in vars(module)
+    )
+
+
+@functools.cache
+def patched_norm_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of ``cls``, a batch norm, that defers its input's gradient."""
+    dense_forward, run = cls.forward, _run
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, dense_forward, args, kwargs)
+
+    return make_patched_class(PatchedNorm, patched_norm_class, cls, "forward", forward)
+
+
+def _run(module: nn.Module, dense_forward: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(x, torch.fx.Proxy):
+        return keep_in_graph(module, dense_forward, args, args, kwargs)
+    if torch.compiler.is_compiling() or not (module.training and _is_paired(x)):
+        return dense_forward(module, *args, **kwargs)
+    with _CatchNorm(x):
+        return dense_forward(module, *args, **kwargs)
+
+
+def _is_paired(x: Any) -> bool:
+    """Whether ``x`` comes straight from a sparse convolution that can use a deferred gradient."""
+    if not isinstance(x, Tensor) or x.numel() < _MIN_POSITIONS * x.shape[1]:
+        return False
+    node = x.grad_fn
+    return (
+        isinstance(node, SparseConvNode)
+        and scores_deferred(node.score_fn)
+        and passes.can_split_norm(x.detach())
+    )
+
+
+class _CatchNorm(TorchFunctionMode):
+    """Makes the batch norm of one tensor, wherever a module's forward calls it, a deferring one.
+
+    So what subclasses do around it (an activation, as in timm's BatchNormAct2d) stays theirs.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self._x = x
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.batch_norm:
+            return _batch_norm(self._x, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _batch_norm(
+    expected: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As ``F.batch_norm``, whose arguments these are; deferring for the tensor that is expected."""
+    statistics = (running_mean, running_var)
+    if not training or input is not expected or in_transform(input, weight, bias):
+        return nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+    return _DeferringNorm.apply(input, weight, bias, *statistics, momentum, eps)
+
+
+class _DeferringNorm(torch.autograd.Function):
+    """Batch norm in training mode; the forward is torch's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        out, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, True, momentum, eps,
+            torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, invstd, reserve)
+        ctx.eps, ctx.kind = eps, kind
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, reserve = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or not need_x:
+            # For a double backward: torch's own, which is differentiable.
+            dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
+                ctx.kind, x, dz, weight, None, None, mean, invstd, True, ctx.eps,
+                [need_x, need_w, need_b], reserve,
+            )  # fmt: skip
+        else:
+            sum_dz, sum_dz_xhat, sum_dz2 = passes.norm_sums(dz, x, mean, invstd)
+            dx = NormGradient(
+                dz, x, weight, mean, invstd, ctx.eps, sum_dz, sum_dz_xhat, sum_dz2
+            )
+            dw = sum_dz_xhat.to(weight.dtype) if need_w else None
+            db = sum_dz.to(weight.dtype) if need_b else None
+        return dx if need_x else None, dw if need_w else None, db if need_b else None, *[None] * 4

@@ -1,0 +1,181 @@
+"""The passes over memory that a sparse backward needs besides its matrix products.
+
+Sums over each channel, a gather of channels, and batch norm's input gradient for some channels.
+They do no arithmetic to speak of: what counts is how often memory is read and written. Torch's own
+operations do them; on CUDA, where the environment variable ``SSPROP_PATCH_TRITON`` is 1, one Triton
+kernel each. That is asked for, not the default, until it has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+_TRITON = os.environ.get("SSPROP_PATCH_TRITON") == "1"
+
+# Elements that a temporary of a sum may have on the CPU: it then stays in the cache, and its
+# memory is used again instead of being mapped anew. Timed from 2**16 to 2**19 and unlimited.
+_CHUNK = 2**19
+
+
+def channel_sum(t: Tensor, order: int) -> Tensor:
+    """Return the sum of ``|t|`` (``order`` 1) or of ``t ** 2`` (2) over each channel.
+
+    Args:
+        t: (N, C, *spatial).
+        order: 1 or 2.
+
+    Returns:
+        (C,), in float32 where ``t`` is in half precision, which would tie channels that differ
+        (8 bits in bfloat16) and overflow (float16).
+    """
+    kernels = _kernels(t)
+    if kernels is not None:
+        return kernels.channel_sums(t, order)
+    dims = [0, *range(2, t.dim())]
+    dtype = torch.float32 if t.dtype in (torch.float16, torch.bfloat16) else t.dtype
+    if not _sum_in_parts(t):
+        norm = torch.linalg.vector_norm(t, order, dims, dtype=dtype)
+        return norm if order == 1 else norm.square()
+    if order == 2 and t.dim() > 2 and t.is_contiguous() and t.dtype == torch.float32:
+        # The norm of contiguous rows is vectorised: a quarter of the time of what is below.
+        return torch.linalg.vector_norm(t.flatten(2), 2, 2).square_().sum(0)
+    return _chunked_sum(t, torch.abs if order == 1 else torch.square, dtype, dims)
+
+
+def _sum_in_parts(t: Tensor) -> bool:
+    # A traced sum (torch.compile) is one fused loop: no parts, no Python loop over the batch.
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _chunked_sum(
+    t: Tensor, power: Callable[[Tensor], Tensor], dtype: torch.dtype, dims: list[int]
+) -> Tensor:
+    # Two vectorised operations on one part of the batch after the other take half to a sixth of
+    # the time of the one pass of torch.linalg.vector_norm.
+    samples = max(1, _CHUNK // max(1, t[:1].numel()))
+    total = None
+    for part in t.split(samples):
+        part = power(part.to(dtype))
+        # Contiguous: along the rows first, which is the fastest order there.
+        by_rows = part.dim() > 2 and part.is_contiguous()
+        part = part.flatten(2).sum(2).sum(0) if by_rows else part.sum(dims)
+        total = part if total is None else total.add_(part)
+    return total
+
+
+def take_channels(t: Tensor, index: Tensor) -> Tensor:
+    """Return ``t[:, index]`` in ``t``'s own memory format.
+
+    Along the channels of a channels_last tensor ``gather`` on the (positions, channels) view is
+    several times faster than ``index_select``.
+    """
+    kernels = _kernels(t)
+    if kernels is not None:
+        return kernels.take_channels(t, index)
+    if not is_channels_last(t):
+        return t.index_select(1, index)
+    last = t.movedim(1, -1)
+    rows = last.reshape(-1, t.shape[1])
+    kept = rows.gather(1, index.expand(rows.shape[0], -1))
+    return kept.view(*last.shape[:-1], index.shape[0]).movedim(-1, 1)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether the channels of ``t`` lie side by side, and those of a contiguous tensor do not."""
+    return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+
+
+def can_split_norm(t: Tensor) -> bool:
+    """Whether batch norm's backward may be done in the two passes below.
+
+    On CUDA only with the Triton kernels: with torch's own operations it would read more, not less.
+    """
+    return t.device.type == "cpu" or _kernels(t) is not None
+
+
+def norm_sums(
+    dz: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what batch norm's backward in training mode needs to know of the whole batch.
+
+    Args:
+        dz: Gradient of the norm's output, (N, C, *spatial).
+        x: Its input, of the same shape.
+        mean, invstd: Of the batch, (C,).
+
+    Returns:
+        The sums over batch and space of dz (the gradient of the bias), of dz times the normalised
+        x (of the weight), and of dz squared; None for the last where it takes a pass of its own.
+    """
+    kernels = _kernels(x)
+    if kernels is not None and kernels.is_available(dz):
+        return kernels.norm_sums(dz, x, mean, invstd)
+    _, sum_dz_xhat, sum_dz = aten.native_batch_norm_backward(
+        dz, x, None, None, None, mean, invstd, True, 0.0, [False, True, True]
+    )
+    return sum_dz, sum_dz_xhat, None
+
+
+def norm_input_grad(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    index: Tensor,
+) -> Tensor:
+    """Return the gradient of batch norm's input, in training mode, of the channels ``index``.
+
+    Args:
+        dz, x, mean, invstd: As for :func:`norm_sums`.
+        weight: (C,), or None.
+        sum_dz, sum_dz_xhat: What :func:`norm_sums` returned.
+        index: (k,), the channels.
+
+    Returns:
+        (N, k, *spatial), of ``x``'s dtype and memory format.
+    """
+    kernels = _kernels(x)
+    if kernels is not None and kernels.is_available(dz):
+        return kernels.norm_input_grad(
+            dz, x, weight, mean, invstd, sum_dz, sum_dz_xhat, index
+        )
+    # Not torch's own kernel on the chosen channels, which would sum over them once more; in
+    # channels_last it takes longer for some channels than for all of them.
+    n = dz.numel() // dz.shape[1]
+    shape = (-1, *[1] * (x.dim() - 2))
+    invstd = invstd[index]
+    scale = invstd if weight is None else weight[index] * invstd
+    xhat_scale = scale * invstd * sum_dz_xhat[index] / n
+    dy, xhat = (take_channels(t, index).to(mean.dtype) for t in (dz, x))
+    xhat.sub_(mean[index].view(shape)).mul_(xhat_scale.view(shape))
+    dy.sub_((sum_dz[index] / n).view(shape)).mul_(scale.view(shape)).sub_(xhat)
+    return dy.to(x.dtype)
+
+
+def _kernels(t: Tensor) -> ModuleType | None:
+    """Return the module of Triton kernels where it can take ``t``."""
+    if t.device.type != "cuda" or not _TRITON or torch.compiler.is_compiling():
+        return None
+    kernels = _triton_kernels()
+    return kernels if kernels is not None and kernels.is_available(t) else None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import triton_kernels  # a second of import, only where there is a GPU
+
+    return triton_kernels

@@ -1,0 +1,436 @@
+"""Batch norm behind a sparse convolution, under l2: the same gradient, formed in part."""
+
+import copy
+import io
+import warnings
+
+import oracle
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import ssprop_patch as ssp
+from ssprop_patch.deferred import NormGradient
+from ssprop_patch.norm import PatchedNorm
+from ssprop_patch.selection import l2_scores
+
+RATE = 0.6
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def unfused_l2(dy):
+    """l2 by another name: no norm defers for it."""
+    return l2_scores(dy.clone())
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """How often a deferred gradient was formed whole, and how often in part."""
+    counts = {"whole": 0, "part": 0, "masked": 0}
+
+    def counted(name, original):
+        def count(self, *args):
+            counts[name] += 1
+            return original(self, *args)
+
+        return count
+
+    for name, method in (("whole", "form"), ("part", "take"), ("masked", "form_masked")):
+        monkeypatch.setattr(NormGradient, method, counted(name, getattr(NormGradient, method)))
+    return counts
+
+
+def net(dims=2, groups=1, norm=None, **kwargs):
+    make = norm or NORM[dims]
+    return nn.Sequential(
+        CONV[dims](3, 8, 3, padding=1), make(8, **kwargs), nn.ReLU(inplace=norm is None),
+        CONV[dims](8, 16, 3, stride=2, groups=groups, bias=False), make(16, **kwargs), nn.Tanh(),
+    ).double()  # fmt: skip
+
+
+def inputs(dims=2, channels=3):
+    return torch.randn(4, channels, *[9] * dims, dtype=torch.double, requires_grad=True)
+
+
+def spread_out(model):
+    """Give the norms weights and buffers of every size, as in a network that has been trained."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
+            nn.init.uniform_(m.weight, -2, 2)
+            nn.init.normal_(m.bias)
+    return model
+
+
+def step(model, x, weigh=None):
+    """Gradients of input and parameters, output and buffers, of one training pass."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = model(x)
+    weigh = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
+    (out * weigh).sum().backward()
+    grads = [x.grad, *(p.grad for p in model.parameters())]
+    return grads, [out.detach(), *(b.clone() for b in model.buffers())]
+
+
+def assert_same(got, expected, tolerance=1e-10):
+    # Of the largest of all: a bias in front of a batch norm has no gradient but rounding.
+    largest = max(b.abs().max().item() for b in expected if b is not None)
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
+
+
+def compare_with_oracle(model, x):
+    model = spread_out(model)
+    dense = copy.deepcopy(model)
+    with oracle.network(dense, RATE, order=2) as record:
+        expected, expected_state = step(dense, x)
+    assert record.dropped and record.gap > 1e-9
+    ssp.convert(model, RATE, selection="l2")
+    got, state = step(model, x)
+    assert_same(got, expected)
+    for a, b in zip(state, expected_state, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- the gradient -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_is_that_of_the_masked_dense_network(dims, formed):
+    compare_with_oracle(net(dims), inputs(dims))
+    assert formed == {"whole": 0, "part": 2, "masked": 0}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.5}],
+    ids=str,
+)
+def test_of_every_kind_of_batch_norm(kwargs, formed):
+    compare_with_oracle(net(**kwargs), inputs())
+    assert formed["part"] == 2
+
+
+def test_of_timms_norm_with_an_activation(formed):
+    compare_with_oracle(net(norm=BatchNormAct2d), inputs())
+    assert formed["part"] == 2
+
+
+def test_of_a_grouped_convolution(formed):
+    compare_with_oracle(net(groups=4), inputs())
+    assert formed == {"whole": 0, "part": 1, "masked": 1}
+
+
+def test_of_a_depthwise_convolution(formed):
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6)).double()
+    compare_with_oracle(model, inputs(channels=6))
+    assert formed == {"whole": 0, "part": 1, "masked": 0}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_in_channels_last(groups, formed):
+    model = net(groups=groups).to(memory_format=torch.channels_last)
+    compare_with_oracle(model, inputs().contiguous(memory_format=torch.channels_last))
+    assert formed["whole"] == 0
+
+
+def test_with_frozen_parts(formed):
+    model = net()
+    model[0].weight.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    model[4].requires_grad_(False)
+    compare_with_oracle(model, inputs())
+    assert formed["part"] == 2
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "regnety_002", "densenet121"])
+def test_in_networks(name, formed):
+    model = spread_out(timm.create_model(name, num_classes=5).double().train())
+    for m in model.modules():  # nothing drawn at random between the two sides
+        if isinstance(m, nn.Dropout) or type(m).__name__ == "DropPath":
+            m.p = m.drop_prob = 0.0
+    x = torch.randn(3, 3, 48, 48, dtype=torch.double)
+    other = copy.deepcopy(model)
+    ssp.convert(model, RATE, selection="l2")
+    ssp.convert(other, RATE, selection=unfused_l2)
+    got, state = step(model, x)
+    assert formed["part"] + formed["masked"] >= 15 and formed["whole"] == 0
+    expected, expected_state = step(other, x)
+    # Less than of one norm alone: rounding in one layer is input to the next.
+    assert_same(got, expected, 1e-7)
+    assert_same(state, expected_state, 0.0)
+
+
+def test_of_few_positions_is_torchs_own(formed):
+    compare_with_oracle(net(), torch.randn(2, 3, 5, 5, dtype=torch.double))  # 2 * 2 * 2 behind
+    assert formed["part"] == 1
+
+
+# --- who else reads the gradient ---------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Uses what the convolution returns twice: in the norm and beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.double()
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y.square()
+
+
+def test_is_whole_where_another_use_adds_its_own(formed):
+    compare_with_oracle(Branching(), inputs())
+    assert formed["whole"] == 1 and formed["part"] == 0
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_with_full_backward_hooks(which, formed):
+    model, seen = net(), []
+    model[2] = nn.ReLU()  # the hook's view of the norm's output refuses to be changed in place
+    model[which].register_full_backward_hook(lambda m, gi, go: seen.append(gi))
+    compare_with_oracle(model, inputs())
+    assert seen and formed["part"] == 1 and formed["whole"] == 0  # the other pair
+
+
+def test_a_hook_of_the_tensor_sees_and_changes_the_gradient():
+    model = spread_out(net())
+    other = copy.deepcopy(model)
+    x, seen = inputs(), {}
+    for side, m in (("deferred", model), ("ordinary", other)):
+        def hook(grad, side=side):
+            seen[side] = grad.clone()
+            return grad * 2
+
+        m[0].register_forward_hook(lambda _, args, y, hook=hook: y.register_hook(hook) and None)
+    ssp.convert(model, RATE, selection="l2")
+    ssp.convert(other, RATE, selection=unfused_l2)
+    got, expected = step(model, x)[0], step(other, x)[0]
+    assert_same(got, expected)
+    torch.testing.assert_close(seen["deferred"], seen["ordinary"], rtol=1e-10, atol=1e-12)
+
+
+def test_asked_for_it_is_a_tensor_like_any_other():
+    model = ssp.convert(net(), RATE, selection="l2")
+    seen = []
+    model[0].register_forward_hook(lambda _, args, y: seen.append(y))
+    out = model(inputs())
+    (grad,) = torch.autograd.grad(out.square().sum(), seen, retain_graph=True)
+    ssp.convert(model, RATE, selection=unfused_l2)
+    reference = torch.autograd.functional.vjp(lambda y: model[1:](y), seen[0], 2 * out)[1]
+    torch.testing.assert_close(torch.from_numpy(grad.numpy()), reference, rtol=1e-9, atol=1e-12)
+    assert repr(grad) == repr(grad + 0)
+    saved = io.BytesIO()
+    torch.save(grad, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved, weights_only=True), grad + 0)
+
+
+def test_retained_on_the_output():
+    model = ssp.convert(net(), RATE, selection="l2")
+    kept = []
+    model[0].register_forward_hook(lambda _, args, y: (y.retain_grad(), kept.append(y)) and None)
+    model(inputs()).sum().backward()
+    assert type(kept[0].grad) is torch.Tensor and kept[0].grad.shape == kept[0].shape
+
+
+# --- ways of training -------------------------------------------------------------------------
+
+
+def two_sides(**kwargs):
+    model = spread_out(net(**kwargs))
+    other = copy.deepcopy(model)
+    return (
+        ssp.convert(model, RATE, selection="l2"),
+        ssp.convert(other, RATE, selection=unfused_l2),
+    )
+
+
+def test_twice_through_a_retained_graph():
+    grads = []
+    for model in two_sides():
+        loss = model(inputs_once()).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert_same(*grads)
+
+
+def inputs_once():
+    return torch.randn(4, 3, 9, 9, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+
+
+def test_double_backward():
+    grads = []
+    for model in two_sides():
+        x = inputs_once().requires_grad_()
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in model.parameters())])
+    assert_same(*grads)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant, formed):
+    grads = []
+    for model in two_sides():
+        x = inputs_once().requires_grad_()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in model.parameters())])
+    assert_same(*grads)
+    assert formed["part"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, formed):
+    outs = []
+    for model in two_sides():
+        model.float()
+        x = inputs_once().float()
+        with torch.autocast("cpu", dtype):
+            out = model(x)
+        out.float().square().sum().backward()
+        outs.append((out, [p.grad for p in model.parameters()]))
+    assert formed["part"] == 2
+    assert torch.equal(outs[0][0], outs[1][0])
+    # The same kernels on the same chosen channels.
+    for a, b in zip(outs[0][1], outs[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["norm", "all"])
+def test_in_eval_mode_all_is_dense(mode, formed):
+    model = spread_out(net())
+    dense = copy.deepcopy(model)
+    ssp.convert(model, RATE, selection="l2")
+    for m in (model, dense):
+        if mode == "all":
+            m.eval()
+        else:
+            m[1].eval()
+            m[4].eval()
+    if mode == "all":
+        got, expected = step(model, inputs_once()), step(dense, inputs_once())
+        assert_same([*got[0], *got[1]], [*expected[0], *expected[1]], 0.0)
+    else:  # the convolutions are sparse, on a gradient that is not the closed form's
+        with oracle.network(dense, RATE, order=2):
+            expected = step(dense, inputs_once())[0]
+        assert_same(step(model, inputs_once())[0], expected)
+    assert not any(formed.values())
+
+
+def test_at_rate_0_all_is_dense(formed):
+    model = spread_out(net())
+    expected = step(copy.deepcopy(model), inputs_once())
+    got = step(ssp.convert(model, 0.0, selection="l2"), inputs_once())
+    assert_same([*got[0], *got[1]], [*expected[0], *expected[1]], 0.0)
+    assert not any(formed.values())
+
+
+def test_compiled_without_a_graph_break():
+    model, other = two_sides()
+    counter = CompileCounterWithBackend("aot_eager")
+    got = step(torch.compile(model, backend=counter, fullgraph=True), inputs_once())[0]
+    assert counter.frame_count == 1
+    assert_same(got, step(other, inputs_once())[0])
+
+
+# --- patching ---------------------------------------------------------------------------------
+
+
+def norms_of(model):
+    return [m for m in model.modules() if isinstance(m, PatchedNorm)]
+
+
+@pytest.mark.parametrize("selection", ["l1", "random", unfused_l2])
+def test_other_selections_leave_the_norms_alone(selection):
+    model = net()
+    ssp.convert(model, RATE, selection="l2")
+    assert len(norms_of(model)) == 2
+    ssp.convert(model, RATE, selection=selection)
+    assert not norms_of(model)
+
+
+def test_revert_gives_the_classes_back():
+    model = ssp.revert(ssp.convert(net(norm=BatchNormAct2d), RATE, selection="l2"))
+    assert [type(m) for m in model][1::3] == [BatchNormAct2d] * 2
+    assert not any(name.startswith("_ssprop") for m in model.modules() for name in vars(m))
+
+
+def test_copies_and_pickles_defer_too(formed):
+    model = ssp.convert(spread_out(net()), RATE, selection="l2")
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    expected = step(copy.deepcopy(model), inputs_once())[0]
+    assert_same(step(torch.load(saved, weights_only=False), inputs_once())[0], expected, 0.0)
+    assert formed["part"] == 4
+
+
+def test_temporary_conversion_restores_the_one_before():
+    model = ssp.convert(net(), RATE, selection="l2")
+    with ssp.converted(model, RATE):
+        assert not norms_of(model)
+    assert len(norms_of(model)) == 2
+
+
+def test_state_dict_and_scripting_are_those_of_the_dense_model():
+    model = net()
+    keys = list(model.state_dict())
+    ssp.convert(model, RATE, selection="l2")
+    assert list(model.state_dict()) == keys
+    x = inputs_once()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(copy.deepcopy(model).eval())
+    torch.testing.assert_close(scripted(x), copy.deepcopy(model).eval()(x))
+
+
+def test_a_traced_graph_keeps_the_norms(formed):
+    model = ssp.convert(spread_out(net(norm=BatchNormAct2d)), RATE, selection="l2")
+    graph = torch.fx.symbolic_trace(copy.deepcopy(model))
+    assert_same(step(graph, inputs_once())[0], step(model, inputs_once())[0], 0.0)
+    assert formed["part"] == 4
+
+
+def test_synchronized_norms_and_wrapped_forwards_stay_as_they_are():
+    model = net(norm=nn.SyncBatchNorm)
+    model[4] = nn.BatchNorm2d(16).double()
+    model[4].forward = model[4].forward
+    ssp.convert(model, RATE, selection="l2")
+    assert not norms_of(model)
+
+
+def test_converting_the_norms_to_synchronized_ones_afterwards():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(ssp.convert(net(), RATE, selection="l2"))
+    assert not norms_of(model) and isinstance(model[1], nn.SyncBatchNorm)
+    ssp.revert(model)
+
+
+def test_something_put_on_a_norm_has_to_come_off_before_revert():
+    model = ssp.convert(net(), RATE, selection="l2")
+    wrapped = type("Wrapped", (type(model[1]),), {})
+    model[1].__class__ = wrapped
+    with pytest.raises(ValueError, match="1: Wrapped was put on after conversion"):
+        ssp.revert(model)
+    assert type(model[1]) is wrapped and ssp.is_converted(model[0])
+
+
+def test_a_norm_of_another_tensor_is_left_alone(formed):
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + F.batch_norm(x * 2, None, None, training=True)
+
+    compare_with_oracle(net(norm=Own), inputs())
+    assert formed["part"] == 0 and formed["whole"] == 2
