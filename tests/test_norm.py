@@ -434,3 +434,15 @@ def test_a_norm_of_another_tensor_is_left_alone(formed):
 
     compare_with_oracle(net(norm=Own), inputs())
     assert formed["part"] == 0 and formed["whole"] == 2
+
+
+def test_metered_it_defers_too(formed):
+    model = ssp.convert(spread_out(net()), RATE, selection="l2")
+    expected = step(copy.deepcopy(model), inputs_once())[0]
+    before = dict(formed)
+    with ssp.Meter(model):
+        got = step(model, inputs_once())[0]
+        assert len(norms_of(model)) == 2
+    assert_same(got, expected, 0.0)
+    assert formed["part"] == before["part"] + 2 and not formed["whole"]
+    assert len(norms_of(model)) == 2

@@ -275,7 +275,11 @@ def test_conditional_convolutions_choose_the_channels_of_each_sample(in_float64)
     assert record.gap > 1e-9
     ssp.convert(model, 0.5, types=types)
     assert "CondConv2d" in {row.cls.__name__ for row in ssp.plan(model, types=types).converted}
-    torch.testing.assert_close(train(model, x, 1), expected, rtol=1e-8, atol=1e-10)
+    start = [p.detach().clone() for p in model.parameters()]
+    actual = train(model, x, 1)
+    # Rounding of a step counts by the largest step: some parameters have no gradient but rounding.
+    largest = max((b - a).abs().max().item() for a, b in zip(start, expected[1:], strict=True))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-15 * largest)
 
 
 @pytest.mark.parametrize("name", ["unet", "vit_tiny_patch16_224"])

@@ -116,7 +116,7 @@ class Attachment:
             )
             records[name] = record
             policies[row.module] = policy.metered(record)
-        apply_conversion(Conversion(policies, before.roots), within=self._model)
+        apply_conversion(before._replace(layers=policies), within=self._model)
         # The steps of whoever trains these alone do not count for a controller they only borrow.
         for module, controller in bystanders:
             controller.watch.discard(module)
@@ -165,7 +165,7 @@ class Attachment:
                 layers[module] = policy  # converted again since
             elif module in self._before.layers:
                 layers[module] = self._before.layers[module]
-        return Conversion(layers, now.roots)
+        return now._replace(layers=layers)
 
     # --- calls that no policy sees ----------------------------------------------------------------
 
