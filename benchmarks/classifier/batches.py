@@ -125,9 +125,11 @@ class Batches:
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all test images."""
-        for images, labels in self.test_set.batches(
-            torch.arange(len(self.test_set)), 2 * self.batch_size
-        ):
+        return self.plain(self.test_set)
+
+    def plain(self, images_of: Images | Files) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images of a set in its order, the middle of each."""
+        for images, labels in images_of.batches(torch.arange(len(images_of)), 2 * self.batch_size):
             yield self._ready(images, None), self._moved(labels)
 
     def _moved(self, tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Benchmark:
         self.options = options
         # A pipe or a file has no width; wide enough for the table.
         self.console = Console(width=None if sys.stdout.isatty() else 140)
-        self.device = _device(options.device)
+        self.device = open_device(options.device)
         try:
             self.schedule = parse_schedule(options.schedule)
         except ValueError as error:
@@ -144,7 +144,8 @@ class Benchmark:
             self.console.print(f"wrote {folder / name}", highlight=False, soft_wrap=True)
 
 
-def _device(name: str) -> torch.device:
+def open_device(name: str) -> torch.device:
+    """Return the device of that name; UserError where there is none."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -10,30 +10,53 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssprop_patch as ssp
 from classifier.options import METHODS, UserError
-from ssprop_patch.flops import conv_flops
+from ssprop_patch.plan import DEFAULT_TYPES
+from ssprop_patch.selection import kept_channels
+
+# So near 1 that of any number of channels one is kept.
+_HIGHEST = 1 - 1e-12
 
 
 class StepCost:
-    """FLOPs of one training step of a model, at any drop rate."""
+    """FLOPs of one training step of a model, at any drop rate.
 
-    def __init__(self, model: nn.Module, batch_shape: tuple[int, ...]) -> None:
-        forward, self._other_backward = _matrix_products(model, batch_shape)
-        # At the highest rate every layer shows whether it can be sparse at all.
+    Args:
+        model: Not converted.
+        inputs: The shape of a batch of images, or the tensors that the model is called with.
+        types, exclude, overrides: As ``ssp.convert`` will be given them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[int, ...] | tuple[Tensor, ...],
+        *,
+        types: Sequence[type[nn.Module]] = DEFAULT_TYPES,
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
+    ) -> None:
+        tensors = inputs if isinstance(inputs[0], Tensor) else (torch.zeros(inputs, device="meta"),)
+        shapes = {"inputs": inputs} if tensors is inputs else {"input_size": inputs}
         try:
-            found = ssp.summary(model, input_size=batch_shape, drop_rate=0.999)
+            # At the highest rate every layer shows among how many groups of channels it chooses.
+            found = ssp.summary(model, **shapes, types=tuple(types), drop_rate=_HIGHEST)
+            todo = ssp.plan(model, types=tuple(types), exclude=exclude, overrides=overrides)
         except ValueError as error:
             raise UserError(f"--model: {error}") from error
         self._layers = found.layers
+        self._own_rates = {row.name: row.drop_rate for row in todo.converted}
+        linear = {layer.name for layer in found.layers if layer.cls == "Linear"}
+        forward, self._other_backward = _matrix_products(model, tensors, linear)
         self.forward = found.forward + forward
 
     @functools.cache  # noqa: B019 -- lives as long as the program
@@ -45,9 +68,11 @@ class StepCost:
         """
         total = self._other_backward
         for layer in self._layers:
-            shapes = (layer.input_shape, layer.weight_shape, layer.output_shape)
-            kept = conv_flops(*shapes, drop_rate=drop_rate).kept
-            if layer.kept == layer.channels or kept == layer.channels:
+            own = self._own_rates.get(layer.name) if drop_rate > 0 else None
+            choices = layer.kept  # one channel is kept of each group that is chosen from
+            each = layer.channels // choices
+            kept = kept_channels(each, drop_rate if own is None else own) * choices
+            if layer.name not in self._own_rates or kept == layer.channels:
                 total += layer.dense_backward
             else:
                 importance = 2 * layer.calls * math.prod(layer.output_shape)
@@ -59,22 +84,30 @@ class StepCost:
         return self.forward * len(rates), sum(map(self.backward, rates))
 
 
-def _matrix_products(model: nn.Module, batch_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return forward and backward FLOPs of a step in what is not a convolution."""
+def _matrix_products(
+    model: nn.Module, inputs: Sequence[Tensor], without: Collection[str]
+) -> tuple[int, int]:
+    """Return forward and backward FLOPs of a step in what is no convolution nor in ``without``."""
     # On the meta device nothing is computed; in training mode, since the backward is wanted.
     model = copy.deepcopy(model).to("meta").train()
     counts = []
     with FlopCounterMode(display=False) as counter:
-        loss = model(torch.zeros(batch_shape, device="meta")).sum()
-        counts.append(_not_convolutions(counter))
+        loss = model(*(tensor.to("meta") for tensor in inputs)).sum()
+        counts.append(_not_convolutions(counter, without))
         loss.backward()
-        counts.append(_not_convolutions(counter))
+        counts.append(_not_convolutions(counter, without))
     return counts[0], counts[1] - counts[0]
 
 
-def _not_convolutions(counter: FlopCounterMode) -> int:
-    by_operator = counter.get_flop_counts().get("Global", {})
-    return sum(n for op, n in by_operator.items() if "convolution" not in str(op))
+def _not_convolutions(counter: FlopCounterMode, without: Collection[str]) -> int:
+    by_module = counter.get_flop_counts()
+
+    def products(by_operator: Mapping[Any, int]) -> int:
+        return sum(n for op, n in by_operator.items() if "convolution" not in str(op))
+
+    # The counter calls a module by its name after that of the model's class.
+    apart = [ops for name, ops in by_module.items() if name.partition(".")[2] in without]
+    return products(by_module.get("Global", {})) - sum(map(products, apart))
 
 
 @dataclass(frozen=True)
@@ -94,9 +127,13 @@ def plan(cost: StepCost, schedule: Any, epochs: int, steps_per_epoch: int) -> Pl
     steps = epochs * steps_per_epoch
     per_t = 1 if schedule.interval == "step" else steps_per_epoch
     rates = [schedule(step // per_t) for step in range(steps)]
-    sparse = sum(cost.total(rates))
-    equal = max(1, round(sparse / sum(cost.total([0.0]))))
+    equal = equal_steps(cost, rates)
     return Plan({m: equal if METHODS[m].equal_compute else steps for m in METHODS}, rates)
+
+
+def equal_steps(cost: StepCost, rates: Sequence[float]) -> int:
+    """Return how many dense steps cost what steps of these drop rates do, at least 1."""
+    return max(1, round(sum(cost.total(rates)) / sum(cost.total([0.0]))))
 
 
 def check(model: nn.Module, batch_shape: tuple[int, ...], name: str) -> None:

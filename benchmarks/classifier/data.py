@@ -55,9 +55,9 @@ def load(options: Options) -> Data:
     if options.data == "imagefolder":
         data = _image_folder(folder, options)
     elif options.data == "digits":
-        data = _in_memory("digits", *_digits(), flip=False, options=options)
+        data = _in_memory("digits", *digits(), flip=False, options=options)
     else:
-        train, test = _torchvision(options.data, folder, options.download)
+        train, test = from_torchvision(options.data, folder, options.download)
         flip = options.data != "mnist"
         data = _in_memory(options.data, train, test, flip=flip, options=options)
     if len(data.train) < options.batch_size:
@@ -70,7 +70,7 @@ def load(options: Options) -> Data:
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, C, H, W), int64 (N,)
 
 
-def _digits() -> tuple[Labelled, Labelled]:
+def digits() -> tuple[Labelled, Labelled]:
     """Return scikit-learn's scans; the last quarter is for testing.
 
     In the order of the file, not shuffled: neighbours there come from the same hand, and a
@@ -85,7 +85,7 @@ def _digits() -> tuple[Labelled, Labelled]:
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
 
 
-_TORCHVISION: dict[str, tuple[Callable, str]] = {
+TORCHVISION: dict[str, tuple[Callable, str]] = {
     "mnist": (datasets.MNIST, "MNIST/raw"),
     "fashionmnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
@@ -93,8 +93,8 @@ _TORCHVISION: dict[str, tuple[Callable, str]] = {
 }
 
 
-def _torchvision(name: str, folder: Path, download: bool) -> tuple[Labelled, Labelled]:
-    make, holds = _TORCHVISION[name]
+def from_torchvision(name: str, folder: Path, download: bool) -> tuple[Labelled, Labelled]:
+    make, holds = TORCHVISION[name]
     try:
         parts = [make(folder, train=train, download=download) for train in (True, False)]
     except Exception as error:
@@ -122,11 +122,17 @@ def _in_memory(name: str, train: Labelled, test: Labelled, flip: bool, options: 
     if options.train_images is not None:
         chosen = _some(len(train[0]), options.train_images)
         train = (train[0][chosen], train[1][chosen])
-    size = options.image_size or train[0].shape[-1]
+    return in_memory(name, train, test, flip, options.image_size or train[0].shape[-1])
+
+
+def in_memory(name: str, train: Labelled, test: Labelled, flip: bool, size: int) -> Data:
+    """Return these images, resized to squares of ``size``, as data to train on."""
     sets = []
     for images, labels in (train, test):
         if images.shape[-1] != size:
-            images = TF.resize(images, [size, size], antialias=True)
+            # In parts: as float32, which resizing goes through, all of them may be gigabytes.
+            parts = [TF.resize(part, [size, size], antialias=True) for part in images.split(4096)]
+            images = torch.cat(parts)
         sets.append(Images(images, labels))
     # Chunks, since 50 000 images as doubles would take gigabytes.
     pixels = sets[0].images.flatten(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import timm
 import torchvision
@@ -10,8 +11,17 @@ from torch import nn
 
 from classifier.options import Options, UserError
 
-# A ResNet of one basic block a stage, which timm can build but has no name for.
-RESNET10 = "resnet10"
+# Networks that timm can build but has no name for: what they are made from, with which arguments.
+RESNET10, RESNET8_NARROW = "resnet10", "resnet8_narrow"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    # One basic block in each of the four stages.
+    RESNET10: ("resnet18", {"layers": (1, 1, 1, 1)}),
+    # For trials on a CPU: one block in each of three narrow stages, behind a stem as narrow.
+    RESNET8_NARROW: ("resnet18", {"layers": (1, 1, 1, 0), "channels": (24, 48, 96, 96)}),
+    # For images of 32 pixels: patches of 2; the layers of its blocks are nn.Linear.
+    "convnext_atto_small": ("convnext_atto", {"patch_size": 2, "conv_mlp": False}),
+    "convnext_femto_small": ("convnext_femto", {"patch_size": 2, "conv_mlp": False}),
+}
 # Builders that must be told to leave out their auxiliary classifiers.
 _WITH_AUXILIARY = {"googlenet", "inception_v3"}
 
@@ -26,10 +36,10 @@ def build(options: Options, *, classes: int, channels: int, size: int) -> tuple[
     try:
         if library == "timm":
             kwargs = {"num_classes": classes, "in_chans": channels, "drop_rate": options.dropout}
-            if name == RESNET10:
-                name = "resnet18"
-                kwargs["layers"] = (1, 1, 1, 1)
-            model = timm.create_model(name, **kwargs)
+            base, more = VARIANTS.get(name, (name, {}))
+            model = timm.create_model(base, **kwargs, **more)
+            if name == RESNET8_NARROW:
+                _make_stem_narrow(model)
         else:
             # torchvision's models take colour images only.
             channels = 3
@@ -54,11 +64,11 @@ def resolve(name: str) -> tuple[str, str]:
         raise UserError(f"--model {name}: write timm:NAME, torchvision:NAME or NAME")
     # torchvision also lists detectors and video models; these classify images.
     vision = torchvision.models.list_models(module=torchvision.models)
-    if library != "torchvision" and (bare == RESNET10 or timm.is_model(bare)):
+    if library != "torchvision" and (bare in VARIANTS or timm.is_model(bare)):
         return "timm", bare
     if library != "timm" and bare in vision:
         return "torchvision", bare
-    known = [RESNET10]
+    known = list(VARIANTS)
     known += timm.list_models() if library != "torchvision" else []
     known += vision if library != "timm" else []
     near = difflib.get_close_matches(bare, dict.fromkeys(known), n=3, cutoff=0.5)
@@ -77,6 +87,18 @@ def _has_big_stem(model: nn.Module) -> bool:
         and stem.stride == (2, 2)
         and isinstance(getattr(model, "maxpool", None), nn.MaxPool2d)
     )
+
+
+def _make_stem_narrow(model: nn.Module) -> None:
+    """Let a ResNet's stem have as many channels as its first block: timm's always has 64."""
+    first = model.layer1[0]
+    width, old = first.conv2.in_channels, model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, width, 7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(width)
+    first.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+    first.downsample = None
+    for conv in (model.conv1, first.conv1):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _make_stem_small(model: nn.Module, name: str) -> None:

@@ -69,6 +69,13 @@ class Options:
     resume: bool
     overwrite: bool
     traceback: bool
+    # What study.py varies beside these; the command line has no words for them.
+    types: tuple[str, ...] = ("Conv1d", "Conv2d", "Conv3d")  # converted classes of torch.nn
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, float], ...] = ()  # pattern, drop rate
+    label_smoothing: float = 0.0
+    lr_schedule: str = "warm-cosine"  # or one-cycle
+    eval_every: int = 1  # epochs; the last one is evaluated in any case
 
     def of_a_run(self) -> dict[str, Any]:
         """Return the options that decide how one run ends, as plain values.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def train(
     _seed(run.seed)
     model = build().to(device, memory_format=batches.memory_format)
     optimizer = _optimizer(model, options)
-    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(run.steps))
+    lr_scheduler = _lr_scheduler(optimizer, run.steps, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     clock, history = Clock(device), History()
     parts: dict[str, checkpoint.Stateful] = {
@@ -104,6 +104,9 @@ def train(
             schedule=schedule,
             steps_per_epoch=batches.steps_per_epoch,
             selection=options.selection,
+            types=tuple(getattr(nn, name) for name in options.types),
+            exclude=options.exclude,
+            overrides=dict(options.overrides),
         )
         parts["controller"] = controller = ssp.get_controller(model)
 
@@ -114,15 +117,12 @@ def train(
     if options.compile:
         torch.compiler.reset()  # what was compiled for other runs would count as recompilations
         train_model = torch.compile(model)
-    autocast = torch.autocast(
-        device.type,
-        dtype=torch.float16 if options.amp == "fp16" else torch.bfloat16,
-        enabled=options.amp != "off",
-    )
+    autocast = autocast_of(options)
     done = len(clock.laps)
     clock.begin()
     text = ""
-    for epoch in range(len(history.epochs), math.ceil(run.steps / batches.steps_per_epoch)):
+    epochs = math.ceil(run.steps / batches.steps_per_epoch)
+    for epoch in range(len(history.epochs), epochs):
         model.train()
         total_loss = torch.zeros((), device=device)
         steps = min(run.steps - done, batches.steps_per_epoch)
@@ -130,7 +130,8 @@ def train(
         for images, labels in batches.train(run.seed, epoch, steps):
             clock.lap()
             with autocast:
-                loss = F.cross_entropy(train_model(images), labels)
+                logits = train_model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
             clock.lap()
             rate = 0.0 if controller is None else controller.drop_rate
             scaler.scale(loss).backward()
@@ -146,26 +147,46 @@ def train(
             progress(done, text)
             clock.start()
         entry = {"step": done, "train_loss": total_loss.item() / steps}
-        entry["accuracy"], entry["test_loss"] = evaluate(model, batches, autocast)
+        if (epoch + 1) % options.eval_every == 0 or epoch + 1 == epochs:
+            entry["accuracy"], entry["test_loss"] = evaluate(model, batches.test(), autocast)
+            text = f"{100 * entry['accuracy']:.1f} %"
         history.epochs.append(entry)
-        text = f"{100 * entry['accuracy']:.1f} %"
         checkpoint.save(path, parts)
         progress(done, text)
     return Trained(model, clock, history)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, autocast: Any) -> tuple[float, float]:
-    """Return the accuracy (0 to 1) and the mean loss over the test images."""
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: Any
+) -> tuple[float, float]:
+    """Return the accuracy (0 to 1) and the mean loss over all images of ``batches``."""
     model.eval()
-    right = loss = torch.zeros((), device=batches.device)
-    for images, labels in batches.test():
+    right: Any = 0
+    loss: Any = 0
+    count = 0
+    for images, labels in batches:
         with autocast:
             logits = model(images).float()
         right = right + (logits.argmax(1) == labels).sum()
         loss = loss + F.cross_entropy(logits, labels, reduction="sum")
-    count = len(batches.test_set)
+        count += len(labels)
     return right.item() / count, loss.item() / count
+
+
+def autocast_of(options: Options) -> torch.autocast:
+    """Return the autocast context that the options ask for, a disabled one for ``off``."""
+    return torch.autocast(
+        torch.device(options.device).type,
+        dtype=torch.float16 if options.amp == "fp16" else torch.bfloat16,
+        enabled=options.amp != "off",
+    )
+
+
+def _lr_scheduler(optimizer: torch.optim.Optimizer, steps: int, options: Options) -> Any:
+    if options.lr_schedule == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(steps))
 
 
 def warm_cosine(steps: int) -> Callable[[int], float]:

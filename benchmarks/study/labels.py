@@ -1,0 +1,73 @@
+"""What runs are called in tables, plots and on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from study.settings import Settings
+
+#: What belongs to a method; all other settings but the seed are the conditions it works under.
+OF_A_METHOD = (
+    "method", "schedule", "selection", "types", "exclude", "overrides",
+    "dropout", "weight_decay", "label_smoothing",
+)  # fmt: skip
+REGULARISERS = ("dropout", "weight_decay", "label_smoothing")
+_DEFAULT = Settings()
+
+
+def run(settings: Settings) -> str:
+    """Return the label of one run."""
+    return f"{method(settings)} | {condition(settings)}, seed {settings.seed}"
+
+
+def method(settings: Settings, base: Settings = _DEFAULT) -> str:
+    """Return the label of a method: a row of a table.
+
+    Args:
+        settings: Of any of its runs.
+        base: Regularisers that are as here go without saying.
+    """
+    parts = [
+        {
+            "dense": "dense",
+            "dense-equal-compute": f"dense, compute of {settings.schedule}",
+            "ssprop": f"ssProp {settings.schedule}",
+        }[settings.method]
+    ]
+    if settings.selection not in ("", "l1"):
+        parts.append(f"{settings.selection} channels")
+    if settings.method != "dense" and settings.types != _DEFAULT.types:
+        parts.append("+".join(settings.types))
+    if settings.exclude:
+        parts.append(f"without {' '.join(settings.exclude)}")
+    parts += [f"{pattern} at {rate:g}" for pattern, rate in settings.overrides]
+    parts += regularisers(settings, base)
+    return ", ".join(parts)
+
+
+def regularisers(settings: Settings, base: Settings = _DEFAULT) -> list[str]:
+    """Return what works against over-fitting beside the method, where it is not as in ``base``."""
+    return [
+        f"{name.replace('_', ' ')} {getattr(settings, name):g}"
+        for name in REGULARISERS
+        if getattr(settings, name) != getattr(base, name)
+    ]
+
+
+def condition(settings: Settings) -> str:
+    """Return the label of the conditions: the title of a table."""
+    how = [settings.network, f"{settings.data} at {settings.image_size}x{settings.image_size}"]
+    how.append(f"{100 * settings.share:g} % of the training images")
+    how.append("augmented" if settings.augment else "not augmented")
+    how.append(f"{settings.epochs} epochs, batch {settings.batch_size}")
+    how.append(f"{settings.optimizer} lr {settings.lr:g} {settings.lr_schedule}")
+    how += [settings.amp] if settings.amp != "off" else []
+    how += [name for name in ("channels_last", "compile") if getattr(settings, name)]
+    return ", ".join(how)
+
+
+def key_of_condition(settings: Settings) -> Settings:
+    """Return the same for all runs under the same conditions."""
+    return dataclasses.replace(
+        settings, seed=0, **{name: getattr(_DEFAULT, name) for name in OF_A_METHOD}
+    )

@@ -1,0 +1,118 @@
+"""The CSV that holds one row a finished run, and who may train which run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from classifier.checkpoint import replacing
+from classifier.options import UserError
+from filelock import FileLock, Timeout
+
+
+class Rows:
+    """Rows of a CSV, appended by any number of processes, each row once.
+
+    A row is written in one piece and put on the disk before ``append`` returns. What a process
+    that was killed left of one is cut off before the next is written.
+
+    Args:
+        path: Of the CSV; a lock file stands beside it while it is written to.
+        fields: Its columns; the first, ``id``, says which run it is.
+    """
+
+    def __init__(self, path: Path, fields: Iterable[str]) -> None:
+        self.path, self.fields = path, tuple(fields)
+        self._lock = FileLock(path.with_name(path.name + ".lock"))
+
+    def read(self) -> list[dict[str, str]]:
+        """Return the rows, all as text.
+
+        Raises:
+            UserError: If the file has other columns.
+        """
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1].decode()
+        rows = list(csv.DictReader(io.StringIO(whole, newline="")))
+        if whole and not whole.startswith(_line(self.fields)):
+            raise UserError(
+                f"{self.path} has other columns than this version writes: move it away, or give "
+                f"another --output"
+            )
+        return rows
+
+    def ids(self) -> set[str]:
+        """Return the finished runs."""
+        return {row["id"] for row in self.read()}
+
+    def append(self, row: Mapping[str, Any]) -> bool:
+        """Add a row, unless the file has one of that id; tell whether it was added."""
+        line = _line(row[name] for name in self.fields)
+        with self._lock:
+            if row["id"] in self.ids():
+                return False
+            with self.path.open("a+b") as file:
+                file.seek(0)
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)
+                head = "" if file.seek(0, os.SEEK_END) else _line(self.fields)
+                file.write((head + line).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        return True
+
+    def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Let the file hold these rows and no others."""
+        lines = [_line(self.fields), *(_line(row[name] for name in self.fields) for row in rows)]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(lines))
+
+    def same_images(self, name: str, size: int, digest: str, origin: str) -> None:
+        """Refuse to mix rows of different images under one name.
+
+        Args:
+            name, size: Of the images, as the columns ``data`` and ``image_size`` have them.
+            digest: Of all pixels and labels.
+            origin: Where they came from, for the message.
+
+        Raises:
+            UserError: If a row has the name and the size, but another digest.
+        """
+        for row in self.read():
+            same = row["data"] == name and int(row["image_size"]) == size
+            if same and row["digest"] != digest:
+                raise UserError(
+                    f"{self.path} holds runs on other images called {name!r} (from "
+                    f"{row['origin']}, not {origin}): give another --output"
+                )
+
+
+def _line(values: Iterable[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Tell whether what ``path`` stands for is this process's, until the block is left.
+
+    The system gives a lock back however its holder ends, so a killed process blocks nobody.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
