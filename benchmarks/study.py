@@ -1,7 +1,7 @@
 """Train every run of a study, each once, and compare accuracy with compute and seconds.
 
 python benchmarks/study.py benchmarks/studies/smoke.toml     # seconds, no download
-python benchmarks/study.py benchmarks/studies/cifar10_small.toml --jobs 2 --download
+python benchmarks/study.py benchmarks/studies/cifar10_shares_small.toml --jobs 2 --download
 python benchmarks/study.py benchmarks/studies/cifar10_full.toml --device cuda --download
 python benchmarks/study.py STUDY.toml --list | --table | --plot     # what is finished
 

@@ -4,7 +4,7 @@ python benchmarks/train_ddpm.py --device cuda --amp bf16 --channels-last --downl
 python benchmarks/train_ddpm.py --data-dir FOLDER_OR_ARCHIVE --channels 32 64 --image-size 16 \\
     --share 0.1 --epochs 10 --samples 200 --sample-steps 50 \\
     --feature-network resnet8_narrow --feature-epochs 3
-python benchmarks/train_ddpm.py --table
+python benchmarks/train_ddpm.py --table --results FOLDER
 
 diffusers' UNet2DModel learns the noise of DDPM with cosine betas; nothing pretrained is loaded.
 Each run becomes a row of runs.csv: loss on held-out images (always the same noise and timesteps),
@@ -36,13 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         console = Console(width=None if sys.stdout.isatty() else 160)
         if not args.table:
-            runs.run_all(args, console)
+            runs.share_out(args)
         rows = {row["id"]: row for row in runs.rows_of(args.output).read()}
         found = [rows[run.id] for run in settings.runs(args) if run.id in rows]
         if not found:
             raise UserError(f"no run with these options is finished in {args.output}")
         console.print(table.build(found))
         console.print(f"wrote {args.output / 'runs.csv'}", highlight=False, soft_wrap=True)
+        if args.results is not None:
+            table.write(args.results, found, args.output)
+            console.print(f"wrote {args.results}", highlight=False, soft_wrap=True)
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

@@ -86,6 +86,20 @@ def test_says_that_the_distance_is_not_the_fid_and_repeats_nothing(output, capsy
     assert "no run with these options" in capsys.readouterr().err
 
 
+def test_two_processes_give_the_same_rows_and_what_is_committed_of_them(output, tmp_path):
+    arguments = [*TINY, "--output", str(tmp_path / "out"), "--jobs", "2", "--threads", "1"]
+    assert train_ddpm.main([*arguments, "--results", str(tmp_path / "results")]) == 0
+    alone, shared = rows_in(output), rows_in(tmp_path / "results")
+    assert list(shared) == ["dense", "dense-equal-compute", "ssprop"]
+    for method, row in shared.items():
+        assert row["jobs"] == "2" and row["threads"] == "1"
+        assert float(row["held_out_loss"]) == pytest.approx(float(alone[method]["held_out_loss"]))
+    text = (tmp_path / "results" / "table.md").read_text()
+    assert text.count("\n| ssprop BarSchedule(0.8, period=2) | 1 | 2 |") == 1
+    assert "not the Inception-FID" in text
+    assert min(Image.open(tmp_path / "results" / "samples.png").size) > 300
+
+
 def test_interrupted_and_resumed_ends_as_if_it_was_not(output, tmp_path, capsys, monkeypatch):
     save, saves = checkpoint.save, []
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +44,49 @@ def rows_of(folder: Path) -> Rows:
     return Rows(folder / "runs.csv", FIELDS)
 
 
-def run_all(args: argparse.Namespace, console: Console) -> None:
-    """Train what is asked for and not yet finished.
+def share_out(args: argparse.Namespace) -> None:
+    """Train what is asked for and not yet finished, in ``--jobs`` processes.
 
-    Several processes may do so at once, with the same output folder: each takes other runs.
+    Raises:
+        UserError: If an option is wrong, or a process failed.
+    """
+    if args.jobs == 1:
+        run_all(args)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_enter, args=(args,)) for _ in range(args.jobs)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+    if any(process.exitcode for process in processes):
+        raise UserError("a process failed, as it said above; the same command continues")
+
+
+def _enter(args: argparse.Namespace) -> None:
+    try:
+        run_all(args)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Train what is asked for and neither finished nor being trained by another process.
 
     Raises:
         UserError: If an option is wrong.
     """
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    alone = multiprocessing.parent_process() is None
+    if args.threads is not None or args.jobs > 1:
+        torch.set_num_threads(args.threads or 1)
     device = open_device(args.device)
     if device.type == "cuda":
         # The shapes never change, so the search for the fastest kernels pays.
@@ -73,12 +109,14 @@ def run_all(args: argparse.Namespace, console: Console) -> None:
             if not mine or settings.id in rows.ids():
                 continue
             checkpoint = state / f"{settings.id}.pt"
-            with console.status(settings.name) as status:
+            # Several processes cannot each keep a line of the terminal moving.
+            with console.status(settings.name) if alone else contextlib.nullcontext() as status:
 
                 def show(text: str, settings: Settings = settings, status: Any = status) -> None:
-                    status.update(f"{settings.name}: {text}")
+                    if status is not None:
+                        status.update(f"{settings.name}: {text}")
 
-                row = _run(settings, source, device, checkpoint, args.output, show)
+                row = _run(settings, source, device, checkpoint, args, show)
             rows.append(row)
             checkpoint.unlink(missing_ok=True)
         console.print(
@@ -91,7 +129,7 @@ def run_all(args: argparse.Namespace, console: Console) -> None:
 
 def _run(
     settings: Settings, source: decoded.Source, device: torch.device, checkpoint: Path,
-    folder: Path, show: Any,
+    args: argparse.Namespace, show: Any,
 ) -> dict[str, Any]:  # fmt: skip
     # In [-1, 1], mirrored but not cropped.
     data = source.data(settings.share, settings.seed)
@@ -131,9 +169,9 @@ def _run(
     show("generating")
     images = measure.generate(trained.average, settings, device, colours)
     picture = f"{settings.name}.png"
-    measure.write_grid(folder / picture, images)
+    measure.write_grid(args.output / picture, images)
     show("the classifier of the distance")
-    features = distance.trained_features(settings, source, device, folder / "state")
+    features = distance.trained_features(settings, source, device, args.output / "state")
     found, real = distance.distances(features, source, images, device)
     forward, backward = cost.total(trained.clock.rates)
     times = clocks.summary(trained.clock)
@@ -161,7 +199,7 @@ def _run(
         "digest": source.digest,
         "weights": fingerprint(trained.average),
         "picture": picture,
-        **machine(device, 1),
+        **machine(device, args.jobs),
         "diffusers": diffusers.__version__,
         "torchmetrics": torchmetrics.__version__,
     }

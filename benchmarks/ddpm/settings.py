@@ -107,7 +107,9 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     add("--lr", type=float, default=4e-4, help="peak of a cosine, AdamW (default: %(default)s)")
     add("--ema", type=float, default=0.999, metavar="DECAY")
     add("--device", default="cpu")
-    add("--threads", type=int, metavar="N")
+    add("--jobs", type=int, default=1, metavar="N", help="processes that share the runs")
+    add("--threads", type=int, metavar="N",
+        help="of each process (default: 1 if there are several, else torch's)")
     add("--amp", choices=("off", "bf16"), default="off")
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")
@@ -120,11 +122,13 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
         help="of timm, or resnet8_narrow; trained here on the same images (default: resnet18)")
     add("--feature-epochs", type=int, default=20, metavar="N")
     add("--output", type=Path, default=Path("runs/train_ddpm"), metavar="FOLDER")
+    add("--results", type=Path, metavar="FOLDER",
+        help="also write there: runs.csv with these runs alone, table.md, samples.png of seed 0")
     add("--table", action="store_true", help="only print what is finished")
     # fmt: on
     args = parser.parse_args(arguments)
-    low = {"seeds": 1, "image_size": 1, "blocks": 1, "epochs": 1, "batch_size": 1, "held_out": 1,
-           "samples": 2, "sample_steps": 1, "feature_epochs": 1}  # fmt: skip
+    low = {"seeds": 1, "image_size": 1, "blocks": 1, "epochs": 1, "batch_size": 1, "jobs": 1,
+           "held_out": 1, "samples": 2, "sample_steps": 1, "feature_epochs": 1}  # fmt: skip
     for name, least in low.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")

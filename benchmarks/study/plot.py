@@ -64,11 +64,14 @@ def _panel(axes: Any, condition: Condition, cost: str, shown: dict[str, Any]) ->
         )  # fmt: skip
         # The number in the marker is the method's in the list: labels would cover each other.
         (shown[kind],) = axes.plot(
-            x, y, color=colour, marker=marker, markersize=11, markeredgecolor="white",
-            linestyle="none", zorder=3,
+            x, y, color=colour, marker=marker, markersize=12 if marker in "^v" else 11,
+            markeredgecolor="white", linestyle="none", zorder=3,
         )  # fmt: skip
-        axes.annotate(str(number), (x, y), color="white", fontsize=6.5, weight="bold", zorder=4,
-                      ha="center", va="center_baseline")  # fmt: skip
+        middle = {"^": -1.5, "v": 1.5}.get(marker, 0)  # of a triangle
+        axes.annotate(
+            str(number), (x, y), (0, middle), textcoords="offset points", color="white",
+            fontsize=6.5, weight="bold", zorder=4, ha="center", va="center_baseline",
+        )  # fmt: skip
     best = frontier(points)
     # To the dearest point: what costs more than the best one is worth no more.
     corners = [points[i] for i in best] + [(max(x for x, _ in points), points[best[-1]][1])]

@@ -137,9 +137,9 @@ _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)} | EXTRA
 def resolve(given: Mapping[str, Any]) -> Settings:
     """Return the settings of one run from what a study's file says of it.
 
-    In ``schedule``, ``{drop_rate}`` is that setting, and ``{epochs}``, ``{0.25 epochs}`` are whole
-    numbers of epochs, at least 1. What cannot change a run is left out: a dense one has no
-    schedule, and so the same id whatever the others have.
+    In ``schedule``, ``{drop_rate}`` is that setting, and ``{epochs}``, ``{0.25 epochs}``,
+    ``{epochs - 1}`` are whole numbers of epochs, at least 1. What cannot change a run is left out:
+    a dense one has no schedule, and so the same id whatever the others have.
 
     Raises:
         UserError: If a name or a value is wrong.
@@ -197,17 +197,20 @@ def _overrides(value: Any) -> tuple[tuple[str, float], ...]:
 def schedule_text(text: str, rate: float, epochs: int) -> str:
     """Return a schedule's repr from a text with {drop_rate}, {epochs}, {0.25 epochs} in it.
 
+    {epochs - 1} is the last epoch's number: the total of a ramp whose end is reached.
+
     Raises:
         UserError: If it is not a schedule.
     """
 
     def fill(match: re.Match[str]) -> str:
-        share, word = match.groups()
+        share, word, last = match.groups()
         if word == "drop_rate":
             return repr(rate)
-        return str(max(1, round(float(share or 1) * epochs)))
+        return str(max(1, round(float(share or 1) * epochs) - bool(last)))
 
-    filled = re.sub(r"\{\s*(?:([\d.]+)\s+)?(epochs|drop_rate)\s*\}", fill, text)
+    words = r"\{\s*(?:([\d.]+)\s+)?(?:(drop_rate)|epochs(\s*-\s*1)?)\s*\}"
+    filled = re.sub(words, fill, text)
     try:
         return repr(parse_schedule(filled))
     except ValueError as error:
