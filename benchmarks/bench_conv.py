@@ -205,8 +205,8 @@ def measure(spec: LayerSpec, args: argparse.Namespace) -> list[Row]:
     )  # fmt: skip
     setting = Setting.here(
         x.device, name=spec.name, shape=spec.shape, dtype=where["dtype"], amp=args.amp,
-        memory_format=layout, drop_rate=args.drop_rate, selection=args.selection, options="",
-        iterations=args.iterations,
+        memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
+        options="kernels=measured" * args.measured_kernels, iterations=args.iterations,
     )  # fmt: skip
     # What chooses the kernel says so to time_layers, which reports it.
     kernel = time_layers(
@@ -298,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         choices=("float32", "float64", "bfloat16", "float16"))  # fmt: skip
     number.add_argument("--amp", action="store_true", help="float32 under bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true", help="where the layer has it")
+    parser.add_argument("--measured-kernels", action="store_true",
+                        help="ssp.kernels.benchmark: the first pass chooses kernels")  # fmt: skip
     parser.add_argument("--iterations", type=count, default=15, help="measurements of each side")
     parser.add_argument("--warmup", type=count, default=3, help="measurements before them")
     parser.add_argument("--output", type=Path, help="append the rows to this CSV")
@@ -307,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_header(args.output)
         except ValueError as error:
             parser.error(str(error))
+    ssp.kernels.benchmark = args.measured_kernels
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
     for spec in track(args.layer, "layers", console=console):

@@ -96,6 +96,7 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     peaks = {side: peak_memory(steps[side], model, device) for side, model in sides.items()}
     options = ["compiled"] * args.compile + ["groups=1"] * args.skip_grouped
     options += [f"types={','.join(args.types)}"] * bool(args.types)
+    options += ["kernels=measured"] * args.measured_kernels
     setting = Setting.here(
         device, name=network.name, shape=shape, dtype=torch.float32, amp=args.amp,
         memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
@@ -214,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
     parser.add_argument("--measured-plan", action="store_true",
                         help="add the side plan: only layers that pay here")  # fmt: skip
+    parser.add_argument("--measured-kernels", action="store_true",
+                        help="ssp.kernels.benchmark: the first step chooses kernels")  # fmt: skip
     parser.add_argument("--iterations", type=count, default=15, help="steps of each side")
     parser.add_argument("--warmup", type=count, default=3, help="steps before them")
     parser.add_argument("--output", type=Path, help="append the rows to this CSV")
@@ -223,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_header(args.output)
         except ValueError as error:
             parser.error(str(error))
+    ssp.kernels.benchmark = args.measured_kernels
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
     for network in track(args.network, "networks", console=console):

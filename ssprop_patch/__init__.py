@@ -3,6 +3,7 @@
 ``convert(model)`` gives its convolutions a sparse backward, ``revert(model)`` takes it off again.
 """
 
+from . import kernels
 from .controller import SparsityController, get_controller
 from .convert import convert, converted, is_converted, revert
 from .flops import Summary, summary
@@ -41,6 +42,7 @@ __all__ = [
     "dense",
     "get_controller",
     "is_converted",
+    "kernels",
     "plan",
     "revert",
     "sparsity",

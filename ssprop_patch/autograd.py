@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import opaque
-from .backward import ConvParams, Record, linear_backward, sparse_backward
+from .backward import Record, linear_backward, sparse_backward
 from .operations import Geometry, Operation, Size
 from .selection import ScoreFn
+from .ways import ConvParams
 
 
 def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

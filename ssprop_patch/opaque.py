@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import backward
-from .backward import ConvParams, Grads, Record
+from .backward import Record
 from .selection import ScoreFn, kept_channels, selectable_channels
+from .ways import ConvParams, Grads
 
 
 class RateSource(Protocol):

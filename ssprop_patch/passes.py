@@ -89,6 +89,17 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
     return kept.view(*last.shape[:-1], index.shape[0]).movedim(-1, 1)
 
 
+def put_channels(t: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Return zeros of the shape and format of ``like``, with ``t`` in the channels ``index``."""
+    out = torch.zeros_like(like)
+    if not is_channels_last(like):
+        return out.index_copy_(1, index, t)
+    # As above: half the time of index_copy_.
+    rows = t.movedim(1, -1).reshape(-1, t.shape[1])
+    out.movedim(1, -1).view(-1, like.shape[1]).scatter_(1, index.expand(rows.shape[0], -1), rows)
+    return out
+
+
 def is_channels_last(t: Tensor) -> bool:
     """Whether the channels of ``t`` lie side by side, and those of a contiguous tensor do not."""
     return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()

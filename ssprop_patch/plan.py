@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ._text import columns
 from ._validate import check_drop_rate
 from .modules import (
     LAYERS,
@@ -128,8 +129,7 @@ class Plan:
         else:
             cells = [("name", "class", "action", "why")]
             cells += [(r.name or "(model)", r.cls.__name__, r.action, r.reason) for r in self.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
-        lines = ["  ".join([*map(str.ljust, row[:-1], widths), row[-1]]).rstrip() for row in cells]
+        lines = columns(cells)
         lines.append(
             f"{len(self.rows)} layers: {len(self.converted)} to convert, "
             f"{len(self.skipped)} stay dense"

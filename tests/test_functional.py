@@ -1,5 +1,6 @@
 """The computation: forward, choice and gradients of one convolution, against an oracle."""
 
+import contextlib
 import functools
 import math
 from unittest import mock
@@ -13,8 +14,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssprop_patch import backward, functional
+from ssprop_patch import functional, kernels
 from ssprop_patch.selection import kept_channels, selectable_channels
+from ssprop_patch.ways import DW, DX, Ways, possible
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
@@ -243,24 +245,52 @@ def _is_dense_in_memory(t):
     return True
 
 
-def assert_as_oracle_by(kernel, case):
-    with mock.patch.object(backward, "choose_kernel", lambda *args: kernel):
-        _, grads = case.run()
+def by(kernel):
+    """Have every sparse backward computed in one way."""
+    return mock.patch.object(kernels, "choose", lambda *args: Ways(kernel, kernel))
+
+
+def by_each():
+    """Yield contexts in which the ways that a convolution has are used in turn, and those used."""
+
+    def choose(kept, need_x, need_w, turn):
+        dx, dw = possible(kept.whole_x, kept.whole_w, kept.p)
+        used.append(Ways(dx[turn % len(dx)], dw[turn % len(dw)]))
+        return used[-1]
+
+    for turn in range(max(len(DX), len(DW))):
+        used = []
+        with mock.patch.object(kernels, "choose", functools.partial(choose, turn=turn)):
+            yield used
+
+
+def assert_as_oracle(case, how):
+    _, grads = case.run()
     for name, grad, expected in zip("xwb", grads, case.expected(case.choice().keep), strict=True):
-        assert_close(grad, expected, what=f"d{name} of {case}")
+        assert_close(grad, expected, what=f"d{name} of {case} by {how}")
+    return grads
 
 
 @pytest.mark.parametrize("kernel", ["gather", "mask"])
 @settings(max_examples=150)
 @given(cases(drop_rates=st.floats(0.2, 0.95)))
 def test_the_way_of_computing_never_changes_the_gradient(kernel, case):
-    assert_as_oracle_by(kernel, case)
+    with by(kernel):
+        assert_as_oracle(case, kernel)
+
+
+@settings(max_examples=150)
+@given(cases(drop_rates=st.floats(0.2, 0.95)))
+def test_no_way_that_a_convolution_has_changes_the_gradient(case):
+    for used in by_each():
+        assert_as_oracle(case, used)
 
 
 @settings(max_examples=150)
 @given(cases(drop_rates=st.floats(0.2, 0.95), pointwise=True))
 def test_1x1_convolutions_as_matrix_products_have_the_same_gradient(case):
-    assert_as_oracle_by("matmul", case)
+    with by("matmul"):
+        assert_as_oracle(case, "matmul")
 
 
 REAL = {
@@ -299,24 +329,25 @@ def test_sizes_of_real_layers(kind, layout, kernel_size, stride, spatial):
         assert _strides(grad) == _strides(t)
 
 
-def test_every_way_of_computing_is_tried_by_these_sizes():
-    seen = set()
-    ask = backward.choose_kernel
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel_size, stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_every_way_of_real_layers(kind, layout, kernel_size, stride):
+    case = real_case(kind, layout, kernel_size, stride, 9)
+    for used in by_each():
+        grads = assert_as_oracle(case, used)
+        for t, grad in zip((case.x, case.w), grads[:2], strict=True):
+            assert _strides(grad) == _strides(t), used
 
-    def spy(*args):
-        seen.add((layout, ask(*args)))
-        return ask(*args)
 
-    with mock.patch.object(backward, "choose_kernel", spy):
-        for layout in ("contiguous", "channels_last"):
-            for kind in REAL:
-                for kernel_size, spatial in ((1, 7), (1, 24), (3, 7)):
-                    test_sizes_of_real_layers(kind, layout, kernel_size, 1, spatial)
-    assert seen == {
-        (layout, way)
-        for layout in ("contiguous", "channels_last")
-        for way in ("gather", "matmul", "mask")
-    }
+def test_every_way_there_is_is_tried_by_these_layers():
+    tried = []
+    for kind in ("full", "grouped"):
+        for used in by_each():
+            real_case(kind, "contiguous", 1, 1, 9).run()
+            tried += used
+    assert {ways.dx for ways in tried} == set(DX)
+    assert {ways.dw for ways in tried} == set(DW)
 
 
 # --- the choice -------------------------------------------------------------------------------
@@ -748,7 +779,7 @@ def test_double_backward_is_the_derivative_of_the_sparse_backward(
 
 
 @pytest.mark.parametrize("selection", ["l1", _fixed], ids=["l1", "fixed"])
-@pytest.mark.parametrize("kernel", [None, "gather", "mask"])
+@pytest.mark.parametrize("kernel", [None, "gather", "mask", "each"])
 @pytest.mark.parametrize("dims, geometry, x_shape, w_shape", SMALL)
 def test_gradient_penalty(dims, geometry, x_shape, w_shape, kernel, selection):
     inputs = _small(x_shape, w_shape)
@@ -772,13 +803,20 @@ def test_gradient_penalty(dims, geometry, x_shape, w_shape, kernel, selection):
     def masked(x, w, b):
         return oracle.conv(dims, x, w, b, **geometry, choose_from=choose_from)
 
-    choose = backward.choose_kernel if kernel is None else lambda *args: kernel
-    with mock.patch.object(backward, "choose_kernel", choose):
-        loss, grads = penalty(sparse)
     expected_loss, expected = penalty(masked)
-    assert_close(loss.detach(), expected_loss.detach())
-    for grad, want in zip(grads, expected, strict=True):
-        assert_close(grad, want)
+
+    def check():
+        loss, grads = penalty(sparse)
+        assert_close(loss.detach(), expected_loss.detach())
+        for grad, want in zip(grads, expected, strict=True):
+            assert_close(grad, want)
+
+    if kernel == "each":
+        for _ in by_each():
+            check()
+    else:
+        with contextlib.nullcontext() if kernel is None else by(kernel):
+            check()
 
 
 def test_autograd_grad_of_some_inputs_only():

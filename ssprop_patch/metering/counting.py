@@ -174,6 +174,9 @@ class LayerRecord:
         self._times_kept.index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
         self._sparse_uses += 1
 
+    def computed(self, ways: str) -> None:
+        """Nothing to count: FLOPs are those that the gradient needs."""
+
     def take_window(self) -> Window:
         """Return how often each channel was kept since the last call."""
         window = Window(self._times_kept, self._sparse_uses, self._uses)

@@ -4,9 +4,10 @@ turns: measuring several things fairly. calls: what a layer is given in its netw
 what is measured.
 """
 
+from .._device import device_name, waiter
 from .layers import LayerTime, time_layers
 from .steps import MODES, StepTime, joules_per_step, time_steps, training_step
-from .turns import Quantiles, alternate, device_name, waiter
+from .turns import Quantiles, alternate
 
 __all__ = [
     "MODES",

@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
+from .._device import waiter
 from .._validate import check_count, check_drop_rate
-from ..backward import ConvParams, choose_kernel
 from ..convert import convert
 from ..plan import DEFAULT_TYPES, FilterFn, Types, plan
-from ..selection import selectable_channels
 from ..trace import Shape
 from .calls import Inputs, LayerCall, autocasting, isolated, record_calls
-from .turns import Quantiles, alternate, waiter
+from .turns import Quantiles, alternate
 
 # A layer runs so often in a row that one measurement lasts about this long: waiting for the device
 # then weighs nothing, and its queue stays filled, as in a training.
@@ -38,9 +36,9 @@ class LayerTime:
         calls: How often it runs on such an input in one forward pass.
         input_shape, weight_shape, output_shape: Of one call.
         dense_ms, sparse_ms: Milliseconds.
-        kernel: How the sparse backward is computed: ``"gather"``, ``"matmul"`` or ``"mask"`` (see
-            :func:`ssprop_patch.backward.choose_kernel`); ``"dense"`` where it keeps all channels;
-            ``"unknown"`` where the layer is none of torch's.
+        kernel: How the sparse backward is computed (see :mod:`ssprop_patch.ways`): ``"gather"``,
+            ``"matmul"``, ``"mask"``, ..., or ``"forward/mask"`` where dX and dW differ;
+            ``"dense"`` where it keeps all channels.
     """
 
     name: str
@@ -184,40 +182,28 @@ def _training_pass(
 class _KernelRecord:
     """Takes note of how the sparse backward of a layer is computed."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self.kernel = "dense"
+    kernel = "dense"
 
     def forward(self, x: Tensor, w: Tensor, y: Tensor) -> None:
         pass
 
     def selected(self, index: Tensor) -> None:
-        pass
+        self.kernel = "matmul"  # of a linear layer; convolutions say more
 
     def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
         pass
 
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Any) -> None:
-        layer = self._layer
-        if isinstance(layer, nn.Linear):
-            self.kernel = "matmul" if k < w.shape[0] else "dense"
-        elif isinstance(layer, _ConvNd):
-            # Padding by name or of another mode is put on before, and the kernels see none.
-            before = isinstance(layer.padding, str) or layer.padding_mode != "zeros"
-            params = ConvParams(
-                layer.stride, (0,) * len(layer.stride) if before else layer.padding,
-                layer.dilation, layer.groups, layer.transposed, layer.output_padding,
-            )  # fmt: skip
-            if k < selectable_channels(params.out_channels(w), params.groups):
-                self.kernel = choose_kernel(x, w, params, k)
-        else:
-            self.kernel = "unknown"
+        pass
+
+    def computed(self, ways: str) -> None:
+        self.kernel = ways
 
 
 def _kernel(layer: nn.Module, run: Callable[[], None]) -> str:
     """Run a converted layer once and return its kernel."""
     policy = layer._ssprop_policy
-    record = _KernelRecord(layer)
+    record = _KernelRecord()
     layer._ssprop_policy = policy.metered(record)
     run()
     layer._ssprop_policy = policy

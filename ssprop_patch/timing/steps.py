@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from .._device import waiter
 from .._validate import check_count, check_drop_rate
 from ..convert import Conversion, apply_conversion, converted, revert
 from ..metering import EnergyCounter
 from ..plan import DEFAULT_TYPES, Types
 from .calls import Inputs, autocasting
-from .turns import Quantiles, alternate, waiter
+from .turns import Quantiles, alternate
 
 #: What is timed of a step; ``step`` is all of it, with zero_grad and the optimizer.
 MODES = ("forward", "backward", "step")

@@ -1,6 +1,7 @@
 """Under torch.compile: no graph breaks, two graphs for any schedule, the gradients of eager."""
 
 import copy
+import gc
 import itertools
 
 import oracle
@@ -400,6 +401,7 @@ def test_a_backward_after_revert_says_what_happened():
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     y = call(images())
     ssp.revert(model)
+    gc.collect()  # torch 2.14 leaves what it traced in a cycle; until that goes, the handle works
     with pytest.raises(RuntimeError, match=r"reverted or converted again.*same conversion"):
         y.sum().backward()
     assert_as_eager(call, model)  # and what comes after is well

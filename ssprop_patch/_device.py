@@ -1,0 +1,28 @@
+"""What is asked of a device beside computing: its name, and whether it is done."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """Return a function that waits until ``device`` has done all that it was given."""
+    if device.type == "cpu":
+        return lambda: None
+    return getattr(torch, device.type).synchronize
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        # platform.processor() is empty or says only x86_64 on Linux.
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

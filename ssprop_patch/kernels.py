@@ -1,0 +1,295 @@
+"""Which way each sparse backward is computed: by rule, or by a measurement at its first use.
+
+The gradient is the same either way, but for rounding. The rules are made from timings of a few
+machines, and convolution kernels differ between machines and versions by factors. So they may be
+timed where they run, as cuDNN does with ``torch.backends.cudnn.benchmark``::
+
+    ssprop_patch.kernels.benchmark = True    # each shape is timed when it first occurs
+    ...
+    print(ssprop_patch.kernels.table())      # what was chosen
+    ssprop_patch.kernels.save("kernels.json")
+
+``load("kernels.json")`` uses a former choice without measuring, so that two runs add up the same
+numbers in the same order. Nothing is measured under ``torch.use_deterministic_algorithms(True)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._device import device_name, waiter
+from ._text import columns
+from .passes import is_channels_last
+from .ways import DW, DX, ConvParams, Kept, Ways, possible
+
+#: Whether ways are timed at the first use of a shape. Off, as in cuDNN: choices that differ from
+#: run to run round differently, and inputs whose shapes never repeat would be timed all the time.
+benchmark: bool = False
+
+# Of one layer's weight so many shapes of input are timed; others go by the rules.
+_MOST_SHAPES = 16
+_REPEATS = 3
+# A constant, as torch.compile cannot trace the question.
+_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured for one backward.
+
+    Attributes:
+        device, threads, torch: Where: the processor's name, threads, torch's version.
+        dtype: Of the input.
+        channels_last: Whether the input is.
+        input_shape, weight_shape: Shapes.
+        geometry: stride, padding, dilation, groups.
+        kept: Output channels that are kept.
+        needs: Of ``"x"`` and ``"w"``, whose gradient is needed.
+        dx, dw: The ways chosen, see :mod:`ssprop_patch.ways`.
+        ms: Milliseconds of each way that was timed, by ``"dx gather"``, ``"dw mask"``, ...
+    """
+
+    device: str
+    threads: int
+    torch: str
+    dtype: str
+    channels_last: bool
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+    kept: int
+    needs: str
+    dx: str
+    dw: str
+    ms: dict[str, float]
+
+
+_Key = tuple[Any, ...]
+_chosen: dict[_Key, Choice] = {}
+_shapes_timed: dict[_Key, int] = {}
+
+
+def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
+    """Return how to compute dX and dW: as measured or loaded, else :func:`by_rule`."""
+    if (benchmark or _chosen) and not (kept.p.transposed or torch.compiler.is_compiling()):
+        key = _key(kept, need_x, need_w)
+        choice = _chosen.get(key)
+        if choice is None and _may_measure(kept.whole_x, key):
+            choice = _chosen[key] = _measure(kept, need_x, need_w, key)
+        if choice is not None:
+            return Ways(choice.dx, choice.dw)
+    return by_rule(kept.whole_x, kept.whole_w, kept.p, kept.index.shape[0])
+
+
+def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
+    """Return the ways that are usually the fastest.
+
+    From timings of layers at drop rate 0.8 on two CPU cores: of an AMD EPYC with AVX-512 (torch
+    2.14), whose smaller convolutions are nearly as fast as their FLOPs say, above all in
+    channels_last; and of one without (torch 2.15), where smaller grouped and depthwise ones are
+    slower than the whole. Other devices keep to their convolution kernels.
+
+    Args:
+        x, w, p: Input, weight and geometry.
+        k: Kept channels.
+    """
+    cpu, last = x.device.type == "cpu", is_channels_last(x)
+    fast = cpu and _AVX512
+    depthwise = p.groups > 1 and p.groups == p.out_channels(w)
+    if p.transposed:
+        return _GATHER if p.groups == 1 or depthwise else _MASK
+    if depthwise and (fast or not last):
+        return _through_nhwc(x, w, p) if fast else _GATHER
+    if p.groups > 1:
+        return _through_nhwc(x, w, p) if fast and max(p.stride) == 1 else _MASK
+    pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
+    return _pointwise(x, w, p, k, last, fast) if pointwise and cpu else _GATHER
+
+
+_GATHER, _MATMUL, _MASK = Ways("gather", "gather"), Ways("matmul", "matmul"), Ways("mask", "mask")
+
+
+def _through_nhwc(x: Tensor, w: Tensor, p: ConvParams) -> Ways:
+    name = "gather_nhwc" if "gather_nhwc" in possible(x, w, p)[0] else "gather"
+    return Ways(name, name)
+
+
+def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool, fast: bool) -> Ways:
+    """As :func:`by_rule`, of a 1x1 convolution on a CPU: is it faster as a matrix product?
+
+    Yes where it is small (less to prepare), where it has a stride, and, of a contiguous tensor,
+    where it has many positions.
+    """
+    positions = math.prod(x.shape[2:])
+    if positions == 1:  # squeeze and excitation: a quarter of the time
+        return _MATMUL
+    size = x.shape[0] * positions * x.shape[1] * k
+    if last:
+        return _MATMUL if (size <= 8e6 if fast else k >= 32) else _GATHER
+    if x.dtype not in (torch.float32, torch.float64):  # see ways.possible
+        return _GATHER
+    many = positions >= 900 or size <= 3e7 if fast else positions >= 100
+    return _MATMUL if many or max(p.stride) > 1 else _GATHER
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def _key(kept: Kept, need_x: bool, need_w: bool) -> _Key:
+    x, w, p = kept.whole_x, kept.whole_w, kept.p
+    return (
+        _device_name(x.device), torch.get_num_threads(), torch.__version__, str(x.dtype),
+        is_channels_last(x), tuple(x.shape), tuple(w.shape),
+        (p.stride, p.padding, p.dilation, p.groups), kept.index.shape[0],
+        "x" * need_x + "w" * need_w,
+    )  # fmt: skip
+
+
+_device_name = functools.cache(device_name)
+
+
+def _may_measure(x: Tensor, key: _Key) -> bool:
+    if not benchmark or torch.are_deterministic_algorithms_enabled():
+        return False
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    layer = (*key[:5], *key[6:])
+    _shapes_timed[layer] = _shapes_timed.get(layer, 0) + 1
+    return _shapes_timed[layer] <= _MOST_SHAPES
+
+
+@torch.no_grad()
+def _measure(kept: Kept, need_x: bool, need_w: bool, key: _Key) -> Choice:
+    wait = waiter(kept.whole_x.device)
+
+    def milliseconds(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(1 + _REPEATS):  # the first one takes memory and makes kernels
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            times.append(time.perf_counter() - start)
+        return 1e3 * min(times[1:])
+
+    # What several ways read is made once in a backward, so it is timed apart.
+    def fresh() -> Kept:
+        return Kept(kept.whole_dy, kept.whole_x, kept.whole_w, kept.p, kept.index)
+
+    ms: dict[str, float] = {}
+    names_x, names_w = possible(kept.whole_x, kept.whole_w, kept.p)
+    made = {"dy": milliseconds(lambda: fresh().dy)}
+    if kept.p.groups > 1:
+        made["masked_dy"] = milliseconds(lambda: fresh().masked_dy)
+    for name in names_x if need_x else ():
+        ms[f"dx {name}"] = milliseconds(lambda name=name: DX[name](kept))
+    for name in names_w if need_w else ():
+        ms[f"dw {name}"] = milliseconds(lambda name=name: DW[name](kept))
+
+    def total(ways: Ways) -> float:
+        parts = [f"dx {ways.dx}"] * need_x + [f"dw {ways.dw}"] * need_w
+        reads = {"masked_dy" if "mask" in part else "dy" for part in parts}
+        return sum(ms[part] for part in parts) + sum(made[read] for read in reads)
+
+    best = min(
+        (
+            Ways(dx, dw)
+            for dx in (names_x if need_x else names_x[:1])
+            for dw in (names_w if need_w else names_w[:1])
+        ),
+        key=total,
+    )
+    return Choice(*key, *best, {name: round(value, 4) for name, value in ms.items()})
+
+
+# --- remembered, printed, saved -----------------------------------------------------------------
+
+
+def choices() -> list[Choice]:
+    """Return what was measured or loaded, in that order."""
+    return list(_chosen.values())
+
+
+def clear() -> None:
+    """Forget all choices; with :data:`benchmark` each shape is measured again."""
+    _chosen.clear()
+    _shapes_timed.clear()
+
+
+def table() -> str:
+    """Return the choices as a table, with milliseconds of what was chosen and of ``gather``."""
+    rows = [
+        (
+            "x".join(map(str, c.input_shape)), "x".join(map(str, c.weight_shape)),
+            str(c.geometry[3]), "channels_last" if c.channels_last else "contiguous",
+            c.dtype.removeprefix("torch."), str(c.kept),
+            *(
+                f"{way} {c.ms[f'{part} {way}']:.3f} ({c.ms[f'{part} gather']:.3f})"
+                if f"{part} {way}" in c.ms else "-"
+                for part, way in (("dx", c.dx), ("dw", c.dw))
+            ),
+        )
+        for c in _chosen.values()
+    ]  # fmt: skip
+    head = ("input", "weight", "groups", "format", "dtype", "kept", "dX ms (gather)",
+            "dW ms (gather)")  # fmt: skip
+    return "\n".join(columns([head, *rows]))
+
+
+def save(path: str | PathLike[str]) -> None:
+    """Write all choices to a JSON file."""
+    Path(path).write_text(json.dumps([asdict(c) for c in _chosen.values()], indent=1) + "\n")
+
+
+def load(path: str | PathLike[str]) -> int:
+    """Use the choices of a file that :func:`save` wrote.
+
+    Those of other processors, other numbers of threads or another torch stand aside.
+
+    Args:
+        path: The file.
+
+    Returns:
+        How many of them are for this processor, these threads and this torch.
+
+    Raises:
+        ValueError: If the file is not such a one; nothing is loaded then.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, list):
+            raise ValueError(f"a {type(content).__name__}, not a list")
+        loaded = [_from_json(entry) for entry in content]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no choices of kernels as ssprop_patch.kernels.save writes them: {error}"
+        ) from error
+    _chosen.update((tuple(vars(choice).values())[:10], choice) for choice in loaded)
+    names = {_device_name(torch.device("cpu"))}
+    if torch.cuda.is_available():
+        names |= {_device_name(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    return sum(
+        c.device in names and c.torch == torch.__version__
+        and c.threads == torch.get_num_threads() for c in loaded
+    )  # fmt: skip
+
+
+def _from_json(entry: dict[str, Any]) -> Choice:
+    def as_tuple(value: Any) -> Any:
+        return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+
+    choice = Choice(**{name: as_tuple(value) for name, value in entry.items()})
+    if choice.dx not in DX or choice.dw not in DW:
+        raise ValueError(f"there is no way {choice.dx!r}, {choice.dw!r}")
+    return choice
