@@ -61,15 +61,23 @@ def _chunked_sum(
 ) -> Tensor:
     # Two vectorised operations on one part of the batch after the other take half to a sixth of
     # the time of the one pass of torch.linalg.vector_norm.
-    samples = max(1, _CHUNK // max(1, t[:1].numel()))
+    if t.numel() <= _CHUNK:
+        return _sum_of_part(t, power, dtype, dims)
+    samples = max(1, _CHUNK // t[:1].numel())
     total = None
     for part in t.split(samples):
-        part = power(part.to(dtype))
-        # Contiguous: along the rows first, which is the fastest order there.
-        by_rows = part.dim() > 2 and part.is_contiguous()
-        part = part.flatten(2).sum(2).sum(0) if by_rows else part.sum(dims)
+        part = _sum_of_part(part, power, dtype, dims)
         total = part if total is None else total.add_(part)
     return total
+
+
+def _sum_of_part(
+    t: Tensor, power: Callable[[Tensor], Tensor], dtype: torch.dtype, dims: list[int]
+) -> Tensor:
+    t = power(t if t.dtype == dtype else t.to(dtype))
+    if t.dim() > 2 and t.numel() > t.shape[0] * t.shape[1] and t.is_contiguous():
+        return t.flatten(2).sum(2).sum(0)  # along the rows first, which is the fastest order there
+    return t.sum(dims)
 
 
 def take_channels(t: Tensor, index: Tensor) -> Tensor:

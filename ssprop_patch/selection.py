@@ -121,7 +121,6 @@ def scores_deferred(score_fn: ScoreFn) -> bool:
     return local is l2_scores
 
 
-@torch.no_grad()
 def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
     """Return the indices of the kept output channels, ascending.
 
@@ -140,7 +139,8 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
     """
     channels = dy.shape[1]
     deferred = isinstance(dy, NormGradient) and scores_deferred(score_fn)
-    scores = score_fn(dy if deferred else dy.detach())
+    with torch.no_grad():
+        scores = score_fn(dy if deferred else dy.detach())
     if not isinstance(scores, Tensor) or scores.shape != (channels,):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(

@@ -13,7 +13,6 @@ contiguous tensors on a CPU whose kernels are much faster in that format.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -242,12 +241,13 @@ def matmul_dx(kept: Kept) -> Tensor:
     """Return dX of a 1x1 convolution as a matrix product, in the memory format of ``x``."""
     dy, x = kept.dy, kept.whole_x
     matrix = kept.w.flatten(1)  # (k, C_in)
-    shape = (*x.shape[:2], *dy.shape[2:])
-    if _as_rows(x):
-        rows = dy.movedim(1, -1)
-        dx = (rows.reshape(-1, dy.shape[1]) @ matrix).view(*rows.shape[:-1], -1).movedim(-1, 1)
+    if _is_single(x):
+        return (dy.flatten(1) @ matrix).view(x.shape)
+    if is_channels_last(x):
+        last = dy.movedim(1, -1)
+        dx = (_rows(dy) @ matrix).view(*last.shape[:-1], -1).movedim(-1, 1)
     else:
-        dx = (matrix.t() @ dy.flatten(2)).view(shape)
+        dx = (matrix.t() @ dy.flatten(2)).view(*x.shape[:2], *dy.shape[2:])
     if dx.shape == x.shape:
         return dx
     # A stride leaves positions that the convolution never read.
@@ -259,18 +259,25 @@ def matmul_dx(kept: Kept) -> Tensor:
 def matmul_dw(kept: Kept) -> Tensor:
     """Return dW of a 1x1 convolution as a matrix product."""
     dy, x = kept.dy, kept.whole_x
-    x = x[_read(kept)]
-    if _as_rows(kept.whole_x):
-        rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
-        dw = rows.t() @ x.movedim(1, -1).reshape(-1, x.shape[1])
+    if _is_single(x):
+        dw = dy.flatten(1).t() @ x.flatten(1)
     else:
-        dw = torch.bmm(dy.flatten(2), x.flatten(2).transpose(1, 2)).sum(0)
+        read = x if max(kept.p.stride) == 1 else x[_read(kept)]
+        if is_channels_last(x):
+            dw = _rows(dy).t() @ _rows(read)
+        else:
+            dw = torch.bmm(dy.flatten(2), read.flatten(2).transpose(1, 2)).sum(0)
     return kept.spread_dw(dw.view(kept.w.shape))
 
 
-def _as_rows(x: Tensor) -> bool:
-    """Whether ``x`` is a matrix of positions by channels as it lies in memory."""
-    return is_channels_last(x) or all(n == 1 for n in x.shape[2:])
+def _is_single(x: Tensor) -> bool:
+    """Whether there is one position: a row of channels for each sample."""
+    return x.shape[2:].numel() == 1
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Return (N, C, *spatial) as a matrix of positions by channels."""
+    return t.movedim(1, -1).reshape(-1, t.shape[1])
 
 
 def _read(kept: Kept) -> tuple[slice, ...]:
@@ -326,7 +333,8 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if pointwise and p.groups == 1:
         dx.append("matmul")
         # A batch of products is summed at last: in half precision that would round in between.
-        if _as_rows(x) or x.dtype in (torch.float32, torch.float64):
+        summed = not (_is_single(x) or is_channels_last(x))
+        if not summed or x.dtype in (torch.float32, torch.float64):
             dw.append("matmul")
     reach = [d * (n - 1) for d, n in zip(p.dilation, w.shape[2:], strict=True)]
     if set(p.stride) <= {1} and all(a <= b for a, b in zip(p.padding, reach, strict=True)):
@@ -335,7 +343,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
         dx.append("mask")
         dw.append("mask")
     # The formats differ only where there are several channels and positions.
-    several = x.dim() == 4 and x.shape[1] > 1 and math.prod(x.shape[2:]) > 1
+    several = x.dim() == 4 and x.shape[1] > 1 and not _is_single(x)
     if several and x.device.type == "cpu" and not is_channels_last(x):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
