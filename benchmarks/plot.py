@@ -28,7 +28,7 @@ from ssprop_patch.cli.options import Parser
 _COLOURS = {"backward": "#0072B2", "step": "#D55E00", "both": "#D55E00"}
 _MARKERS = {"sparse": "o", "plan": "s"}
 _LABELS = {"backward": "backward", "step": "whole step", "both": "forward and backward"}
-_WIDTH, _LINE, _AROUND = 8.3, 0.42, 1.2  # inches: the picture, a line of it, a panel's title, axis
+_WIDTH, _LINE, _AROUND = 9.5, 0.42, 1.2  # inches: the picture, a line of it, a panel's title, axis
 
 
 class Point(NamedTuple):
@@ -97,7 +97,8 @@ def _panel(axes: Axes, lines: Lines) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("share of dense")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(handles=_legend(points), fontsize=7, loc="best")
+    # Beside the panel: inside, it would hide a limit or a median.
+    axes.legend(handles=_legend(points), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _mark(axes: Axes, row: Row, y: float) -> None:

@@ -3,7 +3,7 @@
 ``convert(model)`` gives its convolutions a sparse backward, ``revert(model)`` takes it off again.
 """
 
-from . import kernels
+from . import kernels, presets
 from .controller import SparsityController, get_controller
 from .convert import convert, converted, is_converted, revert
 from .flops import Summary, summary
@@ -44,6 +44,7 @@ __all__ = [
     "is_converted",
     "kernels",
     "plan",
+    "presets",
     "revert",
     "sparsity",
     "summary",

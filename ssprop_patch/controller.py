@@ -13,15 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from . import opaque
+from . import opaque, presets
 from ._validate import check_count, check_drop_rate
 from .backward import Record
 from .iterations import IterationWatch
-from .schedules import BarSchedule, Schedule, as_schedule
+from .schedules import Schedule, as_schedule
 from .selection import RandomScores, ScoreFn
-
-#: The paper's recommended run: 80 % of the channels dropped in every other epoch.
-PAPER_SCHEDULE = BarSchedule(0.8, period=2)
 
 
 class _Token:
@@ -49,7 +46,7 @@ class SparsityController:
 
     def __init__(
         self,
-        schedule: Schedule | float | Callable[[int], float] = PAPER_SCHEDULE,
+        schedule: Schedule | float | Callable[[int], float] = presets.PAPER,
         *,
         steps_per_epoch: int | None = None,
         seed: int | None = None,

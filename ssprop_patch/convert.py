@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
 
-from .controller import PAPER_SCHEDULE, Policy, SparsityController
+from . import presets
+from .controller import Policy, SparsityController
 from .iterations import Membership
 from .modules import Patched, PatchedLayer, original_class, patched_class
 from .norm import PatchedNorm, can_defer, patched_norm_class
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def convert(
     model: nn.Module,
-    schedule: Schedule | float | Callable[[int], float] = PAPER_SCHEDULE,
+    schedule: Schedule | float | Callable[[int], float] = presets.PAPER,
     *,
     types: Types = DEFAULT_TYPES,
     steps_per_epoch: int | None = None,
@@ -90,7 +91,7 @@ def convert(
         controller = SparsityController(schedule, steps_per_epoch=steps_per_epoch)
     elif not isinstance(controller, SparsityController):
         raise TypeError(f"controller must be a SparsityController, got {controller!r}")
-    elif schedule is not PAPER_SCHEDULE or steps_per_epoch is not None:
+    elif schedule is not presets.PAPER or steps_per_epoch is not None:
         raise ValueError(
             "schedule and steps_per_epoch belong to the controller: give them to "
             "SparsityController(...), or leave controller out"

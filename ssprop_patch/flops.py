@@ -18,9 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import opaque
+from . import opaque, presets
 from ._validate import check_count, check_drop_rate
-from .controller import PAPER_SCHEDULE, SparsityController
+from .controller import SparsityController
 from .modules import PatchedLayer
 from .plan import DEFAULT_TYPES, Types, plan
 from .report import LayerFlops, Summary
@@ -235,7 +235,7 @@ def _rates(
         schedule = controller.schedule
         steps = controller.steps_per_epoch if steps is None else steps
     elif schedule is None:
-        schedule, epochs = PAPER_SCHEDULE, PAPER_SCHEDULE.period if epochs is None else epochs
+        schedule, epochs = presets.PAPER, presets.PAPER.period if epochs is None else epochs
     schedule = as_schedule(schedule)
     if schedule.is_constant:
         return {schedule(0): 1}, repr(schedule)

@@ -84,7 +84,8 @@ _shapes_timed: dict[_Key, int] = {}
 
 def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
     """Return how to compute dX and dW: as measured or loaded, else :func:`by_rule`."""
-    if (benchmark or _chosen) and not (kept.p.transposed or torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()  # first: what follows must not become a guard
+    if not compiling and (benchmark or _chosen) and not kept.p.transposed:
         key = _key(kept, need_x, need_w)
         choice = _chosen.get(key)
         if choice is None and _may_measure(kept.whole_x, key):

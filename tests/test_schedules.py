@@ -332,3 +332,12 @@ def test_a_users_own_subclass_gets_checks_levels_and_repr():
     s = Sawtooth(levels=2, interval="step")
     assert values(s, 5) == [0.0, 0.5, 0.5, 0.5, 0.0]
     assert repr(s) == "Sawtooth(interval='step', levels=2)"
+
+
+def test_presets_are_schedules_of_the_same_mean_rate():
+    assert repr(ssp.presets.PAPER) == "BarSchedule(0.8, period=2)"
+    assert repr(ssp.presets.STEADY) == "ConstantSchedule(0.4)"
+    rates = [[schedule(t) for t in range(10)] for schedule in (ssp.presets.PAPER, ssp.presets.STEADY)]
+    assert sum(rates[0]) == pytest.approx(sum(rates[1])) == 4.0
+    model = ssp.convert(torch.nn.Conv2d(2, 4, 1))
+    assert ssp.get_controller(model).schedule is ssp.presets.PAPER

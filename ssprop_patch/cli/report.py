@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..controller import PAPER_SCHEDULE
+from .. import presets
 from ..flops import summary
 from ..plan import Plan, PlanRow, plan
 from ..report import Summary
@@ -23,7 +23,7 @@ Show what a conversion would do to a model: the layers that get a sparse backwar
 saves in each of them and in all, and the layers that stay dense, and why.
 """
 _EPILOG = f"""\
-Without --drop-rate and --schedule the paper's schedule counts, {PAPER_SCHEDULE!r}.
+Without --drop-rate and --schedule the paper's schedule counts, {presets.PAPER!r}.
 FLOPs are what the gradient needs; "ssprop-patch measure" says what that is worth on this machine.
 
 examples:
