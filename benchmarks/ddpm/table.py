@@ -24,7 +24,7 @@ _COLUMNS = (
     ("not averaged", "held_out_loss_not_averaged", 1.0, ".5f"),
     ("distance", "distance", 1.0, ".4g"),
     ("of real images", "distance_of_real", 1.0, ".4g"),
-    ("PFLOP", "total_flops", 1e-15, ".4g"),
+    ("TFLOP", "total_flops", 1e-12, ".4g"),
     ("seconds", "train_s", 1.0, ".1f"),
 )
 _NAMES = ("method", "seeds", *(name for name, *_ in _COLUMNS))
