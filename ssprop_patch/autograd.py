@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 
 from . import opaque
 from .backward import Record, linear_backward, sparse_backward
+from .kept import ConvParams
 from .operations import Geometry, Operation, Size
 from .selection import ScoreFn
-from .ways import ConvParams
 
 
 def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kept import ConvParams, Grads, Kept, Mask, dense_backward
 from .selection import ScoreFn, select_channels, selectable_channels
-from .ways import ConvParams, Grads, Kept, Mask, dense_backward
 
 
 class Record(Protocol):

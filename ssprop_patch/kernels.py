@@ -30,8 +30,9 @@ from torch import Tensor
 
 from ._device import device_name, waiter
 from ._text import columns
+from .kept import ConvParams, Kept
 from .passes import is_channels_last
-from .ways import DW, DX, ConvParams, Kept, Ways, possible
+from .ways import DW, DX, Ways, possible
 
 #: Whether ways are timed at the first use of a shape. Off, as in cuDNN: choices that differ from
 #: run to run round differently, and inputs whose shapes never repeat would be timed all the time.

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import backward
 from .backward import Record
+from .kept import ConvParams, Grads
 from .selection import ScoreFn, kept_channels, selectable_channels
-from .ways import ConvParams, Grads
 
 
 class RateSource(Protocol):

@@ -10,6 +10,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from ssprop_patch import functional, kernels, ways
+from ssprop_patch.kept import ConvParams
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def test_the_gradient_is_the_same_when_measured(kernel, groups, measuring):
     assert choice.kept == 4 and choice.needs == "xw" and choice.geometry[3] == groups
     dx, dw = ways.possible(
         torch.empty(choice.input_shape), torch.empty(choice.weight_shape),
-        ways.ConvParams(*choice.geometry),
+        ConvParams(*choice.geometry),
     )  # fmt: skip
     assert set(choice.ms) == {f"dx {name}" for name in dx} | {f"dw {name}" for name in dw}
 
@@ -210,7 +211,7 @@ def test_rules_name_ways_that_the_layer_has(
     monkeypatch.setattr(kernels, "_AVX512", avx512)
     x = torch.empty(4, 8, size, size, dtype=dtype).contiguous(memory_format=layout)
     w = torch.empty(8, 8 // groups, kernel, kernel)
-    p = ways.ConvParams((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
+    p = ConvParams((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
     dx, dw = ways.possible(x, w, p)
     found = kernels.by_rule(x, w, p, 4)
     assert found.dx in dx and found.dw in dw

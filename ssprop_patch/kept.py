@@ -1,0 +1,153 @@
+"""The kept channels of one backward: the pieces of dy, x and w, and where their gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .deferred import NormGradient
+from .passes import put_channels, take_channels
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+class ConvParams(NamedTuple):
+    """The geometry of one convolution, as ``aten.convolution`` takes it."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()  # none at all stands for zeros
+
+    def out_channels(self, w: Tensor) -> int:
+        """Return C_out of a convolution with the weight ``w``."""
+        return w.shape[1] * self.groups if self.transposed else w.shape[0]
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Mask = tuple[bool, bool, bool]
+
+
+def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) -> Grads:
+    """Return (dX, dW, db) of the ordinary convolution; None where ``mask`` is False."""
+    output_padding = p.output_padding or (0,) * len(p.stride)
+    grads = _convolution_backward(
+        dy, x, w, [p.out_channels(w)], p.stride, p.padding, p.dilation,
+        p.transposed, output_padding, p.groups, mask,
+    )  # fmt: skip
+    # For an empty batch some versions of torch return what was not asked for.
+    return tuple(g if needed else None for g, needed in zip(grads, mask, strict=True))
+
+
+def _once(make: Callable[[Any], Any]) -> Any:
+    """Return a property that is computed when it is first read.
+
+    Not functools.cached_property, whose lock (before Python 3.12) torch.compile cannot trace.
+    """
+    name = f"_{make.__name__}"
+
+    def get(self: Any) -> Any:
+        if getattr(self, name, None) is None:
+            setattr(self, name, make(self))
+        return getattr(self, name)
+
+    return property(get, doc=make.__doc__)
+
+
+class Kept:
+    """The kept channels of one backward, and what the ways need of them, made when asked for.
+
+    Args:
+        dy: Gradient of the output, (N, C_out, *out).
+        x: Input, (N, C_in, *in).
+        w: Weight, (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if transposed.
+        p: Geometry.
+        index: The kept output channels, ascending; the same number in each group.
+    """
+
+    def __init__(self, dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor) -> None:
+        self.whole_dy, self.whole_x, self.whole_w, self.p, self.index = dy, x, w, p, index
+        self.depthwise = p.groups > 1 and p.groups == dy.shape[1]
+
+    @_once
+    def dy(self) -> Tensor:
+        """The kept channels of dy, (N, kept, *out)."""
+        dy = self.whole_dy
+        if isinstance(dy, NormGradient):
+            return dy.take(self.index)
+        return take_channels(dy, self.index)
+
+    @_once
+    def masked_dy(self) -> Tensor:
+        """The whole dy with zeros in the dropped channels."""
+        dy = self.whole_dy
+        keep = torch.zeros(dy.shape[1], dtype=torch.bool, device=dy.device)
+        keep = keep.index_fill_(0, self.index, True)
+        if isinstance(dy, NormGradient):
+            return dy.form_masked(keep)
+        # where, not a product: a dropped channel may hold inf or nan, and 0 * inf is nan.
+        return torch.where(keep.view(-1, *[1] * (dy.dim() - 2)), dy, 0)
+
+    @_once
+    def input_index(self) -> Tensor:
+        """The input channels of the kept groups of a depthwise convolution."""
+        per_group = self.whole_x.shape[1] // self.p.groups
+        if per_group == 1:
+            return self.index
+        steps = torch.arange(per_group, device=self.index.device)
+        return (self.index.unsqueeze(1) * per_group + steps).flatten()
+
+    @_once
+    def x(self) -> Tensor:
+        """The input that the kept channels see: a group left out takes its channels with it."""
+        return take_channels(self.whole_x, self.input_index) if self.depthwise else self.whole_x
+
+    @_once
+    def params(self) -> ConvParams:
+        """The geometry of the smaller convolution."""
+        return self.p._replace(groups=self.index.shape[0]) if self.depthwise else self.p
+
+    @_once
+    def weight_rows(self) -> tuple[int, Tensor]:
+        """Where the weight of the kept channels lies: dimension and indices.
+
+        A transposed convolution has its output channels in dim 1, but its groups, as in dim 0 the
+        inputs, one after the other.
+        """
+        if not self.p.transposed:
+            return 0, self.index
+        return (0, self.input_index) if self.depthwise else (1, self.index)
+
+    @_once
+    def w(self) -> Tensor:
+        """The weight of the kept channels."""
+        return self.whole_w.index_select(*self.weight_rows)
+
+    def db(self) -> Tensor:
+        """Return db of all channels."""
+        rows = self.dy.sum([0, *range(2, self.dy.dim())])
+        return self.spread_db(rows)
+
+    def spread_db(self, db: Tensor | None) -> Tensor | None:
+        """Return db of all channels from that of the kept ones."""
+        if db is None:
+            return None
+        return db.new_zeros(self.whole_dy.shape[1]).index_copy_(0, self.index, db)
+
+    def spread_dx(self, dx: Tensor | None) -> Tensor | None:
+        """Return dX of all input channels from that of :attr:`x`."""
+        if dx is None or not self.depthwise:
+            return dx
+        return put_channels(dx, self.input_index, self.whole_x)
+
+    def spread_dw(self, dw: Tensor | None) -> Tensor | None:
+        """Return dW of all channels from that of :attr:`w`."""
+        if dw is None:
+            return None
+        dim, index = self.weight_rows
+        return torch.zeros_like(self.whole_w).index_copy_(dim, index, dw)
