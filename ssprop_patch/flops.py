@@ -1,7 +1,7 @@
 """What a sparse backward saves on paper: FLOPs of each convolution, and a summary of a model.
 
 A multiply-add is two FLOPs. The counts are of the work the gradient needs: where a kernel that
-masks is faster than one that gathers (see ``backward.choose_kernel``), the device does more.
+masks is faster than one that gathers (see :mod:`ssprop_patch.kernels`), the device does more.
 """
 
 from __future__ import annotations
