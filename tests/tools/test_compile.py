@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ssprop_patch as ssp
 from ssprop_patch import functional, opaque
+from ssprop_patch.passes import is_channels_last
 from ssprop_patch.selection import resolve_selection
 
 from .compiling import INDUCTOR, fresh_compiler  # noqa: F401
@@ -485,3 +486,27 @@ def test_inductor_in_channels_last():
         x.grad = None
         grads.append([*step(run, model, x), x.grad])
     assert_same(*grads, rtol=1e-10)
+
+
+@pytest.mark.skipif(INDUCTOR != "inductor", reason="what is tested is inductor's layout")
+@pytest.mark.parametrize("optimized", [False, True])
+def test_inductor_hands_its_own_layout_to_the_backward(optimized, monkeypatch):
+    # Where it made the forward channels_last, no copies go back to the format of eager mode.
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    model = ssp.convert(nn.Sequential(*copy.deepcopy(layers), *layers).double(), 0.8)
+    x = torch.randn(2, 64, 12, 12).double()
+    formats = []
+    real = opaque.backward.sparse_backward
+
+    def spy(dy, x, w, *args):
+        formats.append([is_channels_last(t) for t in (dy, x, w)])
+        return real(dy, x, w, *args)
+
+    monkeypatch.setattr(opaque.backward, "sparse_backward", spy)
+    with torch._inductor.config.patch(layout_optimization=optimized):
+        call = torch.compile(model, backend=INDUCTOR, fullgraph=True)
+        compiled = step(call, model, x)
+    # But for the gradient of the output, which comes in eager's format.
+    assert formats == [[False, optimized, optimized], [optimized] * 3]
+    assert_same(compiled, step(model, model, x), rtol=1e-10)
