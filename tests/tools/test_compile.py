@@ -504,7 +504,9 @@ def test_inductor_hands_its_own_layout_to_the_backward(optimized, monkeypatch):
         return real(dy, x, w, *args)
 
     monkeypatch.setattr(opaque.backward, "sparse_backward", spy)
-    with torch._inductor.config.patch(layout_optimization=optimized):
+    with torch._inductor.config.patch(
+        layout_optimization=optimized, force_disable_caches=True
+    ):
         call = torch.compile(model, backend=INDUCTOR, fullgraph=True)
         compiled = step(call, model, x)
     # But for the gradient of the output, which comes in eager's format.
