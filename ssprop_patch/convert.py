@@ -13,10 +13,10 @@ from . import presets
 from .controller import Policy, SparsityController
 from .iterations import Membership
 from .modules import Patched, PatchedLayer, original_class, patched_class
-from .norm import PatchedNorm, can_defer, patched_norm_class
+from .norm import PatchedNorm, deferring_norms, patched_norm_class
 from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
 from .schedules import Schedule
-from .selection import Selection, resolve_selection, scores_deferred
+from .selection import Selection, deferred_order, resolve_selection
 from .synchronize import synchronized
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def convert(
     }
     layers = {row.module: policies[row.drop_rate] for row in todo.converted}
     roots = {model: controller} if layers else {}
-    norms = _deferring_norms(model) if layers and scores_deferred(score_fn) else ()
+    norms = deferring_norms(model, deferred_order(score_fn)) if layers else ()
     apply_conversion(Conversion(layers, roots, norms), within=model)
     return model
 
@@ -227,10 +227,6 @@ def apply_conversion(after: Conversion, within: nn.Module) -> None:
         vars(module).update(_ssprop_policy=policy, _ssprop_membership=membership)
     for module, controller in after.roots.items():
         vars(module)["_ssprop_root"] = Membership(module, controller, is_layer=False)
-
-
-def _deferring_norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if can_defer(m)]
 
 
 def _refusal(verb: str, refused: Plan) -> str:

@@ -9,8 +9,9 @@ so that its sum of squares follows from sums that the norm's backward computes a
 
     sum(dy^2) = (weight / std)^2 * (sum(dz^2) - sum(dz)^2 / n - (1 + e) * sum(dz * x_hat)^2 / n)
 
-where e = eps / std^2, as the squares of x_hat sum to n * (1 - e). A sparse backward under ``"l2"``
-therefore chooses its channels before dy exists, and has only the chosen ones formed.
+where e = eps / std^2, as the squares of x_hat sum to n * (1 - e). The sum of ``|dy|`` has no such
+form, but takes no more than another look at dz and x. A sparse backward therefore chooses its
+channels before dy exists, and has only the chosen ones formed.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class NormGradient(Tensor):
         weight: (C,), or None.
         mean, invstd: Of the batch, (C,).
         eps: What was added to the variance.
-        sum_dz, sum_dz_xhat: Over batch and space, (C,).
-        sum_dz2: Of the squares of dz, if it is known already.
+        sums: Over batch and space.
+        order: Of the sum of ``|dy| ** order`` that :meth:`sum_of_powers` returns, 1 or 2.
     """
 
     @staticmethod
@@ -56,13 +57,14 @@ class NormGradient(Tensor):
         mean: Tensor,
         invstd: Tensor,
         eps: float,
-        sum_dz: Tensor,
-        sum_dz_xhat: Tensor,
-        sum_dz2: Tensor | None = None,
+        sums: passes.NormSums,
+        order: int,
     ) -> None:
-        self._dz, self._x, self._weight = dz, x, weight
+        self._dz, self._x = dz, x
+        # As it is now: an optimizer may step within the backward, before this is formed.
+        self._weight = None if weight is None else weight.detach().clone()
         self._mean, self._invstd, self._eps = mean, invstd, eps
-        self._sum_dz, self._sum_dz_xhat, self._sum_dz2 = sum_dz, sum_dz_xhat, sum_dz2
+        self._sums, self.order = sums, order
         self._formed: Tensor | None = None
 
     def form(self) -> Tensor:
@@ -85,15 +87,20 @@ class NormGradient(Tensor):
             return passes.take_channels(self._formed, index)
         return passes.norm_input_grad(
             self._dz, self._x, self._weight, self._mean, self._invstd,
-            self._sum_dz, self._sum_dz_xhat, index,
+            self._sums.dz, self._sums.dz_xhat, index,
         )  # fmt: skip
 
-    def sum_of_squares(self) -> Tensor:
-        """Return the sum of the squares of each channel, (C,), without forming the gradient."""
+    def sum_of_powers(self) -> Tensor:
+        """Return the sum of ``|dy| ** order`` of each channel, (C,), without forming dy."""
+        sums = self._sums
+        if sums.dy is not None:
+            return sums.dy
+        if self.order != 2:
+            return passes.channel_sum(self.form(), self.order)
         n = self._dz.numel() // self._dz.shape[1]
-        dz2 = passes.channel_sum(self._dz, 2) if self._sum_dz2 is None else self._sum_dz2
-        xhat_part = self._sum_dz_xhat.square() * (1 + self._eps * self._invstd.square())
-        rest = dz2 - (self._sum_dz.square() + xhat_part) / n
+        dz2 = passes.channel_sum(self._dz, 2) if sums.dz2 is None else sums.dz2
+        xhat_part = sums.dz_xhat.square() * (1 + self._eps * self._invstd.square())
+        rest = dz2 - (sums.dz.square() + xhat_part) / n
         scale = self._invstd if self._weight is None else self._weight * self._invstd
         # Rounding may take what is zero to below it.
         return scale.square() * rest.clamp_min(0)

@@ -12,7 +12,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
@@ -20,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from . import passes
 from .autograd import SparseConvNode, in_transform
 from .deferred import NormGradient
-from .modules import Patched, keep_in_graph, make_patched_class
-from .selection import scores_deferred
+from .modules import Patched, make_patched_class
+from .selection import deferred_order
 
 # Of so few positions per channel nothing is saved, and the closed form is mostly cancellation.
 _MIN_POSITIONS = 16
@@ -29,6 +28,17 @@ _MIN_POSITIONS = 16
 
 class PatchedNorm(Patched):
     """Mixin of patched batch norms."""
+
+
+def deferring_norms(model: nn.Module, order: int | None) -> list[nn.Module]:
+    """Return the batch norms of ``model`` to patch for scores of ``order``, see :func:`can_defer`.
+
+    None at all where no gradient could be deferred: then their classes stay what they are.
+    """
+    devices = {p.device.type for p in model.parameters()}
+    if order is None or not any(passes.may_split_norm(device, order) for device in devices):
+        return []
+    return [m for m in model.modules() if can_defer(m)]
 
 
 def can_defer(module: nn.Module) -> bool:
@@ -57,8 +67,6 @@ def patched_norm_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _run(module: nn.Module, dense_forward: Any, args: Any, kwargs: Any) -> Any:
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(x, torch.fx.Proxy):
-        return keep_in_graph(module, dense_forward, args, args, kwargs)
     if torch.compiler.is_compiling() or not (module.training and _is_paired(x)):
         return dense_forward(module, *args, **kwargs)
     with _CatchNorm(x):
@@ -70,11 +78,22 @@ def _is_paired(x: Any) -> bool:
     if not isinstance(x, Tensor) or x.numel() < _MIN_POSITIONS * x.shape[1]:
         return False
     node = x.grad_fn
-    return (
-        isinstance(node, SparseConvNode)
-        and scores_deferred(node.score_fn)
-        and passes.can_split_norm(x.detach())
-    )
+    if not isinstance(node, SparseConvNode) or _saves_elsewhere():
+        return False
+    order = deferred_order(node.score_fn)
+    return order is not None and passes.can_split_norm(x.detach(), order)
+
+
+def _saves_elsewhere() -> bool:
+    """Whether something takes away what autograd saves.
+
+    So does checkpointing without reentrance, which wants the same tensors saved when it runs the
+    forward again, though the rate may be 0 by then and the norm torch's own.
+    """
+    return _top_hooks is not None and _top_hooks(True) is not None
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.8
 
 
 class _CatchNorm(TorchFunctionMode):
@@ -111,7 +130,8 @@ def _batch_norm(
     statistics = (running_mean, running_var)
     if not training or input is not expected or in_transform(input, weight, bias):
         return nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
-    return _DeferringNorm.apply(input, weight, bias, *statistics, momentum, eps)
+    order = deferred_order(input.grad_fn.score_fn)
+    return _DeferringNorm.apply(input, weight, bias, *statistics, momentum, eps, order)
 
 
 class _DeferringNorm(torch.autograd.Function):
@@ -127,13 +147,14 @@ class _DeferringNorm(torch.autograd.Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
+        order: int,
     ) -> Tensor:
         out, mean, invstd, reserve, kind = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, True, momentum, eps,
             torch.backends.cudnn.enabled,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, mean, invstd, reserve)
-        ctx.eps, ctx.kind = eps, kind
+        ctx.eps, ctx.kind, ctx.order = eps, kind, order
         return out
 
     @staticmethod
@@ -147,10 +168,8 @@ class _DeferringNorm(torch.autograd.Function):
                 [need_x, need_w, need_b], reserve,
             )  # fmt: skip
         else:
-            sum_dz, sum_dz_xhat, sum_dz2 = passes.norm_sums(dz, x, mean, invstd)
-            dx = NormGradient(
-                dz, x, weight, mean, invstd, ctx.eps, sum_dz, sum_dz_xhat, sum_dz2
-            )
-            dw = sum_dz_xhat.to(weight.dtype) if need_w else None
-            db = sum_dz.to(weight.dtype) if need_b else None
-        return dx if need_x else None, dw if need_w else None, db if need_b else None, *[None] * 4
+            sums = passes.norm_sums(dz, x, weight, mean, invstd, ctx.order)
+            dx = NormGradient(dz, x, weight, mean, invstd, ctx.eps, sums, ctx.order)
+            dw = sums.dz_xhat.to(weight.dtype) if need_w else None
+            db = sums.dz.to(weight.dtype) if need_b else None
+        return dx if need_x else None, dw if need_w else None, db if need_b else None, *[None] * 5

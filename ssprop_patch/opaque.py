@@ -61,9 +61,10 @@ _lib = torch.library.Library("ssprop_patch", "DEF")
 
 
 # - cudagraph_unsafe: a CUDA graph would replay the rate that it was recorded with.
-# - needs_fixed_stride_order: Inductor lays convolutions out in channels_last, and the backward takes
-#   what it is given. By default it gets copies in the format of eager mode, which cost more than is
-#   saved. (The first of these tags is not in torch 2.6.)
+# - needs_fixed_stride_order: Inductor lays convolutions out in channels_last, and the backward
+#   takes what it is given. By default it gets copies in the format of eager mode, which cost more
+#   than is saved.
+# (The first of these tags is not in torch 2.6.)
 _TAGS = tuple(
     getattr(torch.Tag, name)
     for name in ("pt2_compliant_tag", "cudagraph_unsafe", "needs_fixed_stride_order")

@@ -1,9 +1,10 @@
 """The passes over memory that a sparse backward needs besides its matrix products.
 
 Sums over each channel, a gather of channels, and batch norm's input gradient for some channels.
-They do no arithmetic to speak of: what counts is how often memory is read and written. Torch's own
-operations do them; on CUDA, where the environment variable ``SSPROP_PATCH_TRITON`` is 1, one Triton
-kernel each. That is asked for, not the default, until it has been timed on a GPU.
+They do no arithmetic to speak of: what counts is how often memory is read and written. On a CPU C
+functions do them where there is a compiler (:mod:`ssprop_patch.native`); on CUDA, where the
+environment variable ``SSPROP_PATCH_TRITON`` is 1, Triton kernels. Those are asked for, not the
+default, until they have been timed on a GPU. All else is done by torch's own operations.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import native
 
 aten = torch.ops.aten
 
@@ -113,35 +117,63 @@ def is_channels_last(t: Tensor) -> bool:
     return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
 
 
-def can_split_norm(t: Tensor) -> bool:
+class NormSums(NamedTuple):
+    """Sums over batch and space of batch norm's backward, each (C,).
+
+    Attributes:
+        dz: Of the gradient of the norm's output: the gradient of its bias.
+        dz_xhat: Of that times the normalised input: the gradient of the weight.
+        dz2: Of dz squared; None where that takes a pass of its own.
+        dy: Of ``|dy| ** order``, with dy the gradient of the norm's input; None where it follows
+            from the others.
+    """
+
+    dz: Tensor
+    dz_xhat: Tensor
+    dz2: Tensor | None = None
+    dy: Tensor | None = None
+
+
+def may_split_norm(device_type: str, order: int) -> bool:
+    """Whether :func:`can_split_norm` may hold for tensors on a device, before there are any."""
+    if device_type == "cpu":
+        return order == 2 or native.may_be_available()
+    return device_type == "cuda" and order == 2 and _TRITON and _triton_kernels() is not None
+
+
+def can_split_norm(t: Tensor, order: int) -> bool:
     """Whether batch norm's backward may be done in the two passes below.
 
     On CUDA only with the Triton kernels: with torch's own operations it would read more, not less.
+    So it would for the sum of ``|dy|`` (``order`` 1), which does not follow from sums of dz.
     """
-    return t.device.type == "cpu" or _kernels(t) is not None
+    if t.device.type == "cpu":
+        return order == 2 or native.is_available(t)
+    return order == 2 and _kernels(t) is not None
 
 
 def norm_sums(
-    dz: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    dz: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, order: int
+) -> NormSums:
     """Return what batch norm's backward in training mode needs to know of the whole batch.
 
     Args:
         dz: Gradient of the norm's output, (N, C, *spatial).
         x: Its input, of the same shape.
+        weight: (C,), or None.
         mean, invstd: Of the batch, (C,).
-
-    Returns:
-        The sums over batch and space of dz (the gradient of the bias), of dz times the normalised
-        x (of the weight), and of dz squared; None for the last where it takes a pass of its own.
+        order: Of the sum of dy.
     """
     kernels = _kernels(x)
+    if kernels is native:
+        dz, dz_xhat, dy = native.norm_sums(dz, x, weight, mean, invstd, order)
+        return NormSums(dz, dz_xhat, dy=dy)
     if kernels is not None and kernels.is_available(dz):
-        return kernels.norm_sums(dz, x, mean, invstd)
-    _, sum_dz_xhat, sum_dz = aten.native_batch_norm_backward(
+        return NormSums(*kernels.norm_sums(dz, x, mean, invstd))
+    _, dz_xhat, dz = aten.native_batch_norm_backward(
         dz, x, None, None, None, mean, invstd, True, 0.0, [False, True, True]
     )
-    return sum_dz, sum_dz_xhat, None
+    return NormSums(dz, dz_xhat)
 
 
 def norm_input_grad(
@@ -159,17 +191,15 @@ def norm_input_grad(
     Args:
         dz, x, mean, invstd: As for :func:`norm_sums`.
         weight: (C,), or None.
-        sum_dz, sum_dz_xhat: What :func:`norm_sums` returned.
+        sum_dz, sum_dz_xhat: Of :class:`NormSums`.
         index: (k,), the channels.
 
     Returns:
         (N, k, *spatial), of ``x``'s dtype and memory format.
     """
     kernels = _kernels(x)
-    if kernels is not None and kernels.is_available(dz):
-        return kernels.norm_input_grad(
-            dz, x, weight, mean, invstd, sum_dz, sum_dz_xhat, index
-        )
+    if kernels is native or (kernels is not None and kernels.is_available(dz)):
+        return kernels.norm_input_grad(dz, x, weight, mean, invstd, sum_dz, sum_dz_xhat, index)
     # Not torch's own kernel on the chosen channels, which would sum over them once more; in
     # channels_last it takes longer for some channels than for all of them.
     n = dz.numel() // dz.shape[1]
@@ -184,8 +214,12 @@ def norm_input_grad(
 
 
 def _kernels(t: Tensor) -> ModuleType | None:
-    """Return the module of Triton kernels where it can take ``t``."""
-    if t.device.type != "cuda" or not _TRITON or torch.compiler.is_compiling():
+    """Return the module of kernels that can take ``t``, if there is one."""
+    if torch.compiler.is_compiling():
+        return None
+    if t.device.type == "cpu":
+        return native if native.is_available(t) else None
+    if t.device.type != "cuda" or not _TRITON:
         return None
     kernels = _triton_kernels()
     return kernels if kernels is not None and kernels.is_available(t) else None

@@ -43,13 +43,18 @@ def kept_channels(channels: int, drop_rate: float) -> int:
 
 def l1_scores(dy: Tensor) -> Tensor:
     """Sum of ``|dy|`` of each channel: the order of the mean in ssProp (arXiv 2408.12561)."""
-    return channel_sum(dy, 1)
+    return _sum_of_powers(dy, 1)
 
 
 def l2_scores(dy: Tensor) -> Tensor:
-    """Euclidean norm of ``dy`` of each channel; of a deferred one without forming it."""
-    squares = dy.sum_of_squares() if isinstance(dy, NormGradient) else channel_sum(dy, 2)
-    return squares.sqrt()
+    """Euclidean norm of ``dy`` of each channel."""
+    return _sum_of_powers(dy, 2).sqrt()
+
+
+def _sum_of_powers(dy: Tensor, order: int) -> Tensor:
+    if isinstance(dy, NormGradient) and dy.order == order:
+        return dy.sum_of_powers()
+    return channel_sum(dy, order)
 
 
 def random_scores(dy: Tensor) -> Tensor:
@@ -115,10 +120,10 @@ def resolve_selection(selection: Selection) -> ScoreFn:
     )
 
 
-def scores_deferred(score_fn: ScoreFn) -> bool:
-    """Whether ``score_fn`` scores a gradient that batch norm has not formed yet."""
+def deferred_order(score_fn: ScoreFn) -> int | None:
+    """Return 1 (l1) or 2 (l2) if ``score_fn`` scores a gradient that batch norm has yet to form."""
     local = getattr(score_fn, "local", score_fn)  # of the scores of all ranks: of one rank
-    return local is l2_scores
+    return 1 if local is l1_scores else 2 if local is l2_scores else None
 
 
 def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
@@ -138,7 +143,7 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
         ValueError: If ``score_fn`` does not return one score per channel.
     """
     channels = dy.shape[1]
-    deferred = isinstance(dy, NormGradient) and scores_deferred(score_fn)
+    deferred = isinstance(dy, NormGradient) and deferred_order(score_fn) is not None
     with torch.no_grad():
         scores = score_fn(dy if deferred else dy.detach())
     if not isinstance(scores, Tensor) or scores.shape != (channels,):

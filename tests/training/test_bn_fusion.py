@@ -25,7 +25,7 @@ def fused(model):
     for parent in model.modules():
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return model

@@ -1,0 +1,199 @@
+"""C functions for the passes of a sparse backward that are bound by memory, on CPUs.
+
+Each does in one reading what takes torch's operations several, or two while what was read is still
+in the cache. They take contiguous and channels_last tensors of float32 and float64, sum in float64,
+give the same bits in every run with the same number of threads, and use torch's threads. They are
+compiled at their first use (half a second), if there is a C compiler; ask :func:`is_available`
+before each. None of them is differentiable, and none is for a traced tensor (torch.compile).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .build import find_compiler, library
+
+__all__ = [
+    "channel_sums",
+    "is_available",
+    "may_be_available",
+    "norm_input_grad",
+    "norm_sums",
+    "take_channels",
+]
+
+_NUMBERS = {torch.float32: "float", torch.float64: "double"}
+
+# Of fewer elements one thread does it all: waking another takes longer.
+_ENOUGH = 2**15
+
+
+def is_available(t: Tensor) -> bool:
+    """Tell whether the functions here can work on ``t``.
+
+    It is an ordinary tensor with memory of its own on a CPU (no subclass, no transform of
+    torch.func), of a supported dtype and layout, nothing asks for the derivative of what is done
+    with it, and the functions could be compiled.
+    """
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype in _NUMBERS
+        and t.layout is torch.strided
+        and not (t.requires_grad and torch.is_grad_enabled())
+        and not (t.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(t))
+        and (t.is_contiguous() or _is_last(t))
+        and library(_NUMBERS[t.dtype]) is not None
+    )
+
+
+def may_be_available() -> bool:
+    """Tell whether there is a C compiler; nothing is compiled yet."""
+    return find_compiler() is not None
+
+
+def channel_sums(t: Tensor, order: int) -> Tensor:
+    """Return the sum of ``|t| ** order`` over each channel.
+
+    Args:
+        t: (N, C, *spatial), or (rows, C).
+        order: 1 or 2.
+
+    Returns:
+        (C,), of ``t``'s dtype.
+    """
+    sizes, last, threads = _sizes(t), _is_last(t), _threads(t)
+    out, work = t.new_empty(sizes[1]), _zeros(threads * sizes[1] if last else 0)
+    _library(t).channel_sums(
+        t.data_ptr(), *sizes, last, order, out.data_ptr(), work.data_ptr(), threads
+    )
+    return out
+
+
+def norm_sums(
+    dz: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, order: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three sums over each channel: of dz, of dz times the normalised x, of ``|dy|**order``.
+
+    The first two are the gradients of a batch norm's bias and weight. dy is the gradient of its
+    input, which is not formed.
+
+    Args:
+        dz: Gradient of the norm's output, (N, C, *spatial) or (rows, C).
+        x: Its input, of the same shape.
+        weight: (C,), or None.
+        mean, invstd: Of the batch, (C,).
+        order: 1 or 2.
+
+    Returns:
+        Three of shape (C,), of ``x``'s dtype.
+    """
+    sizes, last, threads = _sizes(x), _is_last(x), _threads(x)
+    dz = _lying_like(dz, x)
+    weight, mean, invstd = (_vector(v, x) for v in (weight, mean, invstd))
+    c = sizes[1]
+    sums, lines = x.new_empty(3, c), x.new_empty(2 * c if last else 0)
+    work = _zeros(threads * 3 * c if last else 0)
+    _library(x).norm_sums(
+        *_pointers(dz, x, mean, invstd, weight), *sizes, last, order,
+        *_pointers(sums, work, lines), threads,
+    )  # fmt: skip
+    return tuple(sums.unbind())
+
+
+def norm_input_grad(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    index: Tensor,
+) -> Tensor:
+    """Return the gradient of batch norm's input, in training mode, of the channels ``index``.
+
+    Args:
+        dz, x, weight, mean, invstd: As for :func:`norm_sums`.
+        sum_dz, sum_dz_xhat: What that returned.
+        index: (k,), the channels; not checked.
+
+    Returns:
+        (N, k, *spatial), of ``x``'s dtype and memory format.
+    """
+    n, c, s = _sizes(x)
+    dz = _lying_like(dz, x)
+    weight, mean, invstd = (_vector(v, x) for v in (weight, mean, invstd))
+    sum_dz, sum_dz_xhat = _vector(sum_dz, x), _vector(sum_dz_xhat, x)
+    k = index.shape[0]
+    out, lines = _empty_of_channels(x, k), x.new_empty(4 * k)
+    _library(x).norm_input_grad(
+        *_pointers(dz, x, mean, invstd, weight, sum_dz, sum_dz_xhat, index.contiguous()),
+        k, n, c, s, _is_last(x), *_pointers(out, lines), _threads(x),
+    )  # fmt: skip
+    return out
+
+
+def take_channels(t: Tensor, index: Tensor) -> Tensor:
+    """Return ``t[:, index]`` in ``t``'s own memory format.
+
+    Args:
+        t: (N, C, *spatial), or (rows, C).
+        index: (k,), the channels; not checked.
+    """
+    if not _is_last(t):
+        return t.index_select(1, index)  # copies whole channels: nothing to gain
+    n, c, s = _sizes(t)
+    k = index.shape[0]
+    out = _empty_of_channels(t, k)
+    _library(t).take_channels(
+        *_pointers(t, index.contiguous()), k, n * s, c, out.data_ptr(), _threads(t)
+    )
+    return out
+
+
+def _library(t: Tensor):
+    return library(_NUMBERS[t.dtype])
+
+
+def _sizes(t: Tensor) -> tuple[int, int, int]:
+    """Return samples, channels and positions."""
+    n, c, *spatial = t.shape
+    s = 1
+    for size in spatial:
+        s *= size
+    return n, c, s
+
+
+def _is_last(t: Tensor) -> bool:
+    return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+
+
+def _threads(t: Tensor) -> int:
+    return torch.get_num_threads() if t.numel() >= _ENOUGH else 1
+
+
+def _zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.float64)
+
+
+def _vector(v: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if v is None else v.detach().to(x.dtype).contiguous()
+
+
+def _lying_like(t: Tensor, x: Tensor) -> Tensor:
+    if t.dtype == x.dtype and t.stride() == x.stride():
+        return t
+    return torch.empty_like(x).copy_(t)
+
+
+def _empty_of_channels(t: Tensor, k: int) -> Tensor:
+    n, _, *spatial = t.shape
+    if _is_last(t):
+        return t.new_empty(n, *spatial, k).movedim(-1, 1)
+    return t.new_empty(n, k, *spatial)
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]

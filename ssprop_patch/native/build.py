@@ -1,0 +1,73 @@
+"""Compiles ``passes.c`` where it runs, as torch.compile does with what it generates.
+
+The processor of the machine decides which instructions are used, so nothing is shipped compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("passes.c")
+
+# Neither of the last two changes a result: they let loops be vectorised that call fabs.
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+
+# OpenMP's threads are those of torch, whose library of that name is loaded already.
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "channel_sums": (_POINTER, *[_INT64] * 3, _INT, _INT, _POINTER, _POINTER, _INT),
+    "norm_sums": (*[_POINTER] * 5, *[_INT64] * 3, _INT, _INT, *[_POINTER] * 3, _INT),
+    "norm_input_grad": (*[_POINTER] * 8, *[_INT64] * 4, _INT, _POINTER, _POINTER, _INT),
+    "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
+}  # fmt: skip
+
+
+@functools.cache
+def library(number: str) -> ctypes.CDLL | None:
+    """Return the compiled functions for ``"float"`` or ``"double"``, or None where there are none.
+
+    There are none without a C compiler (``$CC``, gcc or cc), and where the environment variable
+    ``SSPROP_PATCH_NATIVE`` is 0. A compiler that fails is warned of, once.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        with tempfile.TemporaryDirectory(prefix="ssprop_patch") as folder:
+            target = Path(folder, "passes.so")
+            command = [*compiler, *_FLAGS, f"-DT={number}", "-shared", "-fPIC"]
+            subprocess.run(
+                [*command, str(_SOURCE), "-o", str(target)],
+                check=True, capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            found = ctypes.CDLL(str(target))  # what is loaded stays when the file is gone
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        warnings.warn(
+            f"could not compile ssprop_patch's C functions ({said[0] if said else error}): torch's "
+            "own operations are used, which are slower; SSPROP_PATCH_NATIVE=0 does not try",
+            stacklevel=2,
+        )
+        return None
+    for name, signature in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = signature, None
+    return found
+
+
+def find_compiler() -> list[str] | None:
+    """Return the command of the C compiler, or None; nothing is compiled."""
+    if os.environ.get("SSPROP_PATCH_NATIVE") == "0":
+        return None
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    found = shutil.which("gcc") or shutil.which("cc")
+    return None if found is None else [found]

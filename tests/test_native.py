@@ -1,0 +1,249 @@
+"""The C functions against torch's own operations in float64, and when they stand aside."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from ssprop_patch import native, passes
+from ssprop_patch.native import build
+
+needs_compiler = pytest.mark.skipif(
+    build.library("double") is None, reason="there is no C compiler"
+)
+DTYPES = {torch.float32: 2e-5, torch.float64: 1e-12}  # and what rounding may cost
+
+SHAPES = [
+    (3, 5, 7, 3),  # no size a multiple of anything
+    (2, 16, 4, 4),
+    (1, 1, 1, 1),
+    (5, 33),  # of a linear layer
+    (2, 6, 2500),  # more than one block
+    (2, 3, 2, 3, 5),
+    (1, 40, 1, 2),
+    (0, 4, 3, 3),
+]
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(native, "_threads", lambda t: request.param)
+
+
+def random(shape, dtype, last, seed=0):
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return lying(t.to(dtype), last)
+
+
+def lying(t, last):
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
+
+
+def assert_close(got, expected, dtype):
+    assert got.dtype == dtype
+    tolerance = DTYPES[dtype]
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(
+        got.double(), expected, rtol=tolerance, atol=tolerance * max(1.0, largest)
+    )
+
+
+def each_case(shapes):
+    def decorate(test):
+        for name, values in (
+            ("shape", shapes), ("last", [False, True]), ("dtype", list(DTYPES)),
+        ):  # fmt: skip
+            test = pytest.mark.parametrize(name, values, ids=str)(test)
+        return needs_compiler(test)
+
+    return decorate
+
+
+# --- what they compute --------------------------------------------------------------------------
+
+
+@each_case(SHAPES)
+@pytest.mark.parametrize("order", [1, 2])
+def test_channel_sums(shape, last, dtype, order, threads):
+    t = random(shape, dtype, last)
+    dims = [0, *range(2, t.dim())]
+    assert_close(native.channel_sums(t, order), t.double().abs().pow(order).sum(dims), dtype)
+
+
+@each_case(SHAPES)
+def test_take_channels(shape, last, dtype, threads):
+    t = random(shape, dtype, last)
+    index = torch.randperm(shape[1])[: max(1, shape[1] // 2)].sort().values
+    taken = native.take_channels(t, index)
+    assert torch.equal(taken, t[:, index])
+    assert taken.stride() == lying(taken, last and t.dim() > 2).stride()
+
+
+class Norm:
+    """One batch norm in training mode: its backward by autograd, in float64."""
+
+    def __init__(self, shape, dtype, last, affine=True):
+        self.x, self.dz = (random(shape, dtype, last, seed) for seed in (1, 2))
+        self.weight = random((1, shape[1]), dtype, False, 3)[0] if affine else None
+        x = self.x.double().requires_grad_()
+        dims = [0, *range(2, x.dim())]
+        self.mean = x.mean(dims).detach()
+        self.invstd = (x.var(dims, unbiased=False) + 1e-3).rsqrt().detach()
+        weight = None if self.weight is None else self.weight.double()
+        z = torch.nn.functional.batch_norm(x, None, None, weight, training=True, eps=1e-3)
+        (self.dy,) = torch.autograd.grad(z, x, self.dz.double())
+        line = (1, -1, *[1] * (x.dim() - 2))
+        xhat = (x.detach() - self.mean.view(line)) * self.invstd.view(line)
+        self.sum_dz = self.dz.double().sum(dims)
+        self.sum_dz_xhat = (self.dz.double() * xhat).sum(dims)
+        self.sum_dy = {n: self.dy.abs().pow(n).sum(dims) for n in (1, 2)}
+        self.mean, self.invstd = self.mean.to(dtype), self.invstd.to(dtype)
+
+
+NORM_SHAPES = [s for s in SHAPES if math.prod(s) > s[1]]  # torch's norm wants two positions
+
+
+@each_case(NORM_SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("order", [1, 2])
+def test_norm_sums(shape, last, dtype, affine, order, threads):
+    norm = Norm(shape, dtype, last, affine)
+    got = native.norm_sums(norm.dz, norm.x, norm.weight, norm.mean, norm.invstd, order)
+    for sums, expected in zip(
+        got, (norm.sum_dz, norm.sum_dz_xhat, norm.sum_dy[order]), strict=True
+    ):
+        assert_close(sums, expected, dtype)
+
+
+@each_case(NORM_SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_input_grad(shape, last, dtype, affine, threads):
+    norm = Norm(shape, dtype, last, affine)
+    index = torch.randperm(shape[1])[: max(1, shape[1] // 2)].sort().values
+    got = native.norm_input_grad(
+        norm.dz, norm.x, norm.weight, norm.mean, norm.invstd,
+        norm.sum_dz.to(dtype), norm.sum_dz_xhat.to(dtype), index,
+    )  # fmt: skip
+    assert_close(got, norm.dy[:, index], dtype)
+    assert got.stride() == lying(got, last and got.dim() > 2).stride()
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [False, True])
+def test_a_gradient_that_lies_otherwise_than_the_input(last):
+    norm = Norm((2, 6, 4, 3), torch.float64, last)
+    vectors = norm.weight, norm.mean, norm.invstd
+    index = torch.tensor([1, 4])
+    for dz in (lying(norm.dz, not last), norm.dz.float(), norm.dz[:, :, :, :1].expand_as(norm.dz)):
+        like = lying(dz.double(), last)
+        got = native.norm_sums(dz, norm.x, *vectors, 1)
+        for one, two in zip(got, native.norm_sums(like, norm.x, *vectors, 1), strict=True):
+            assert torch.equal(one, two)
+        sums = got[:2]
+        assert torch.equal(
+            native.norm_input_grad(dz, norm.x, *vectors, *sums, index),
+            native.norm_input_grad(like, norm.x, *vectors, *sums, index),
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_not_lost(value, last):
+    t = random((2, 3, 5, 7), torch.float32, last)
+    t[1, 2, 4, 6] = value
+    sums = native.channel_sums(t, 1)
+    assert sums[:2].isfinite().all() and str(sums[2].item()) == str(abs(value))
+
+
+@needs_compiler
+def test_the_same_bits_every_time():
+    norm = Norm((4, 32, 40, 40), torch.float32, True)
+    arguments = norm.dz, norm.x, norm.weight, norm.mean, norm.invstd, 1
+    first = native.norm_sums(*arguments)
+    for _ in range(5):
+        assert all(map(torch.equal, first, native.norm_sums(*arguments)))
+
+
+# --- when they are used -------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_ordinary_tensors_are_taken():
+    t = torch.randn(2, 3, 4, 4)
+    for taken in (t, t.double(), t.contiguous(memory_format=torch.channels_last), t[:1],
+                  torch.nn.Parameter(t).detach(), t.flatten(1)):  # fmt: skip
+        assert native.is_available(taken)
+        assert passes._kernels(taken) is native
+
+
+def untaken():
+    t = torch.randn(2, 3, 4, 4)
+    yield "half precision", t.bfloat16()
+    yield "half precision", t.half()
+    yield "integers", t.long()
+    yield "strides", t[:, :, ::2]
+    yield "strides", t[..., :1].expand_as(t)
+    yield "strides", t[:, ::2]
+    yield "strides", t[:, :, 0, 0]
+    yield "meta", t.to("meta")
+    yield "fake", FakeTensorMode().from_tensor(t)
+    yield "negative view", torch.complex(t, t).conj().imag
+    yield "sparse", t.to_sparse()
+    yield "asked for its gradient", t.requires_grad_()
+
+
+@pytest.mark.parametrize("why, t", list(untaken()), ids=lambda v: v if isinstance(v, str) else "")
+def test_others_are_not(why, t):
+    assert not native.is_available(t)
+
+
+def test_not_inside_of_a_transform():
+    def f(t):
+        assert not native.is_available(t)
+        return t.sum()
+
+    t = torch.randn(2, 3, 4, 4)
+    torch.func.vmap(f)(t)
+    torch.func.grad(f)(t)
+
+
+@pytest.fixture
+def fresh_build():
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+def test_switched_off(fresh_build, monkeypatch):
+    monkeypatch.setenv("SSPROP_PATCH_NATIVE", "0")
+    assert build.library("float") is None
+    assert not native.is_available(torch.ones(2, 2))
+
+
+def test_without_a_compiler_nothing_is_said(fresh_build, monkeypatch, recwarn):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.library("float") is None and not recwarn
+
+
+@pytest.mark.parametrize("compiler", ["false", "a-compiler-that-is-not-there"])
+def test_a_compiler_that_fails_is_warned_of(compiler, fresh_build, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(UserWarning, match="could not compile.*torch's own operations are used"):
+        assert build.library("float") is None
+    t = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(passes.channel_sum(t, 1), t.abs().sum((0, 2, 3)))
+
+
+@needs_compiler
+def test_what_is_installed_holds_the_source_and_compiles_without_a_word():
+    # In a process of its own, with every warning an error.
+    code = "from ssprop_patch.native import build; print(build.library('float'))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "CDLL" in done.stdout and not done.stderr
