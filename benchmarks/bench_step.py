@@ -97,6 +97,7 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     options = ["compiled"] * args.compile + ["groups=1"] * args.skip_grouped
     options += [f"types={','.join(args.types)}"] * bool(args.types)
     options += ["kernels=measured"] * args.measured_kernels
+    options += [f"align={args.align}"] * (args.align > 1)
     setting = Setting.here(
         device, name=network.name, shape=shape, dtype=torch.float32, amp=args.amp,
         memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
@@ -117,7 +118,8 @@ def make_sparse(
     if measured_on is not None:
         with torch.autocast(measured_on.device.type, torch.bfloat16, enabled=args.amp):
             pays = ssp.plan(
-                model, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True
+                model, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
+                align=args.align,
             ).pays
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
@@ -132,7 +134,7 @@ def make_sparse(
 
     return ssp.convert(
         model, rate, types=_types(args), selection=args.selection, filter_fn=chosen,
-        strict=pays is None,
+        strict=pays is None, align=args.align,
     )  # fmt: skip
 
 
@@ -208,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "convtranspose2d, ...; a linear classifier stays dense")  # fmt: skip
     parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
     parser.add_argument("--selection", default="l1", choices=("l1", "l2", "random"))
+    parser.add_argument("--align", type=count, default=1,
+                        help="round the number of kept channels up to a multiple")  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")

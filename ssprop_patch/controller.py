@@ -18,7 +18,7 @@ from ._validate import check_count, check_drop_rate
 from .backward import Record
 from .iterations import IterationWatch
 from .schedules import Schedule, as_schedule
-from .selection import RandomScores, ScoreFn
+from .selection import RandomScores, ScoreFn, kept_channels
 
 
 class _Token:
@@ -234,6 +234,7 @@ class Policy:
         controller: Holds the rate.
         score_fn: Scores the channels.
         override: This layer's own rate whenever the controller's is above 0.
+        align: The number of kept channels is rounded up to a multiple of it.
         record: Is told of each call in training mode, dense ones too: for a meter.
     """
 
@@ -242,17 +243,19 @@ class Policy:
         controller: SparsityController,
         score_fn: ScoreFn,
         override: float | None = None,
+        align: int = 1,
         record: Record | None = None,
     ) -> None:
         self.controller = controller
         self.score_fn = score_fn
         self.override = override
+        self.align = align
         self.record = record
         self.handle = opaque.register(self)
 
     def metered(self, record: Record) -> Policy:
         """Return the same policy that also tells ``record``."""
-        return Policy(self.controller, self.score_fn, self.override, record)
+        return Policy(self.controller, self.score_fn, self.override, self.align, record)
 
     @property
     def active(self) -> bool:
@@ -264,6 +267,10 @@ class Policy:
         """The drop rate of this layer now."""
         rate = self.controller._drop_rate
         return rate if self.override is None or rate == 0.0 else self.override
+
+    def kept(self, channels: int) -> int:
+        """Return how many of ``channels``, those of one choice, are kept now."""
+        return kept_channels(channels, self.drop_rate, self.align)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "handle"}

@@ -90,7 +90,7 @@ def _opaque_conv_flops(
 ) -> int:  # fmt: skip
     channels = dy[1]
     each = selectable_channels(channels, groups)
-    kept = kept_channels(each, opaque.source(handle).drop_rate) * (channels // each)
+    kept = opaque.source(handle).kept(each) * (channels // each)
     at = x if transposed else dy  # where the kernel is applied
     return 2 * (prod(at) // at[1] * prod(w) // channels * kept) * (mask[0] + mask[1])
 
@@ -98,7 +98,7 @@ def _opaque_conv_flops(
 def _opaque_linear_flops(
     dy: Any, x: Any, w: Any, handle: int, mask: Sequence[bool], **_: Any
 ) -> int:
-    kept = kept_channels(w[0], opaque.source(handle).drop_rate)
+    kept = opaque.source(handle).kept(w[0])
     return 2 * (prod(dy) // w[0] * kept * w[1]) * (mask[0] + mask[1])
 
 
@@ -116,6 +116,7 @@ def summary(
     input_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     types: Types = DEFAULT_TYPES,
+    align: int | None = None,
     drop_rate: float | None = None,
     schedule: Schedule | float | Callable[[int], float] | None = None,
     epochs: int | None = None,
@@ -136,6 +137,8 @@ def summary(
             model's own dtype and device. Give this or ``inputs``.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         types: Classes of layers that a conversion would take, as for :func:`ssprop_patch.convert`.
+        align: Round the number of kept channels up to a multiple of this, as ``convert(align=)``
+            does. Default: as the model was converted, else 1.
         drop_rate: Count with this rate.
         schedule: Count the mean over t = 0, 1, ... of this schedule, for ``epochs`` epochs, each t
             with its own number of kept channels. With neither: the model's controller's schedule
@@ -155,6 +158,7 @@ def summary(
         raise ValueError("give input_size or inputs, one of the two")
     if drop_rate is not None and schedule is not None:
         raise ValueError("give drop_rate or schedule, not both")
+    align = None if align is None else check_count(align, "align", 1)
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module  # their own forward communicates
     found = plan(model, types=types)
@@ -176,14 +180,15 @@ def summary(
 
     @cache  # by number of channels: a schedule may have a million rates, but few layers differ
     def kept(
-        controller: SparsityController | None, override: float | None, channels: int
+        controller: SparsityController | None, override: float | None, to: int, channels: int
     ) -> tuple[Counter[int], float]:
         counts: Counter[int] = Counter()
         mean = 0.0
         for rate, n in rates(controller).items():
             rate = rate if override is None or rate == 0.0 else override
-            counts[kept_channels(channels, rate)] += n
-            mean += rate * n
+            k = kept_channels(channels, rate, to)
+            counts[k] += n
+            mean += n * (rate if to == 1 else 1 - k / channels)
         return counts, mean / counts.total()
 
     # Before the model runs, so that a mistake in the arguments shows at once.
@@ -196,9 +201,10 @@ def summary(
         each = selectable_channels(call.channels, getattr(module, "groups", 1))
         policy, frozen = policies.get(module), model.training and not module.training
         if policy is not None and not frozen:
-            ks, rate = kept(policy.controller, policy.override, each)
+            to = policy.align if align is None else align
+            ks, rate = kept(policy.controller, policy.override, to, each)
         elif not policies and row.action == "convert" and not frozen:
-            ks, rate = kept(None, None, each)
+            ks, rate = kept(None, None, align or 1, each)
         else:
             ks, rate = Counter([each]), 0.0
         choices = call.channels // each
@@ -215,7 +221,11 @@ def summary(
             )
         )  # fmt: skip
     others = tuple(row.name or "(model)" for row in found if row.module not in rows)
-    return Summary(tuple(layers), " / ".join(labels), others)
+    label = " / ".join(labels)
+    aligned = {p.align for p in policies.values()} if align is None else {align}
+    if aligned - {1}:
+        label += f"; kept channels rounded up to multiples of {'/'.join(map(str, sorted(aligned)))}"
+    return Summary(tuple(layers), label, others)
 
 
 def _rates(

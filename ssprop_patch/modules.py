@@ -24,7 +24,6 @@ from . import operations
 from .autograd import in_transform, needs_backward, sparse
 from .controller import Policy
 from .operations import Operation
-from .selection import kept_channels
 
 #: The layers of torch that can be patched, and what each calls in its forward.
 LAYERS: dict[type[nn.Module], Operation] = {
@@ -239,7 +238,7 @@ def _dispatch(
         if (channels > 1 and policy.override != 0.0) or policy.record is not None:
             return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
     else:
-        k = kept_channels(channels, policy.drop_rate)
+        k = policy.kept(channels)
         if k < channels:
             return sparse(
                 operation, input, weight, bias, geometry,

@@ -17,14 +17,13 @@ from torch import Tensor
 from . import backward
 from .backward import Record
 from .kept import ConvParams, Grads
-from .selection import ScoreFn, kept_channels, selectable_channels
+from .selection import ScoreFn, selectable_channels
 
 
 class RateSource(Protocol):
     """What a handle stands for."""
 
-    @property
-    def drop_rate(self) -> float: ...
+    def kept(self, channels: int) -> int: ...
     @property
     def score_fn(self) -> ScoreFn: ...
     @property
@@ -99,7 +98,7 @@ def _conv_backward(
         tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
     )
     channels = selectable_channels(params.out_channels(w), groups)
-    k = kept_channels(channels, policy.drop_rate)
+    k = policy.kept(channels)
     _record_forward(policy.record, x, w, dy)
     grads = backward.sparse_backward(
         dy, x, w, params, k, policy.score_fn, tuple(mask), policy.record
@@ -127,7 +126,7 @@ def _linear_backward(
     dy: Tensor, x: Tensor, w: Tensor, handle: int, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     policy = source(handle)
-    k = kept_channels(w.shape[0], policy.drop_rate)
+    k = policy.kept(w.shape[0])
     _record_forward(policy.record, x, w, dy)
     grads = backward.linear_backward(dy, x, w, k, policy.score_fn, tuple(mask), policy.record)
     dx = x if grads[0] is None else grads[0]  # contiguous, whatever the strides of x

@@ -167,6 +167,7 @@ def plan(
     measure: bool = False,
     inputs: Inputs | None = None,
     drop_rate: float = 0.8,
+    align: int = 1,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
 ) -> Plan:
@@ -192,7 +193,7 @@ def plan(
             layer pays if its sparse median is below 0.97 of the dense one.
         inputs: What the model is called with while measuring, on the device and in the memory
             format of the training: a tensor, a tuple of positional or a dict of keyword arguments.
-        drop_rate: Of the sparse side while measuring.
+        drop_rate, align: Of the sparse side while measuring, as for :func:`ssprop_patch.convert`.
         autocast: The dtype of autocast while measuring, or None for none.
         iterations: Measurements of each side.
 
@@ -251,8 +252,8 @@ def plan(
     from .timing import time_layers  # which itself begins with a plan
 
     times = time_layers(
-        model, inputs, drop_rate, types=types, filter_fn=_members(rows), autocast=autocast,
-        iterations=iterations,
+        model, inputs, drop_rate, types=types, filter_fn=_members(rows), align=align,
+        autocast=autocast, iterations=iterations,
     )  # fmt: skip
     by_name: dict[str, list[LayerTime]] = {}
     for time in times:

@@ -22,7 +22,8 @@ class LayerFlops:
         output_shape: Of one call.
         kept: Output channels kept; the fewest, where a schedule is averaged over.
         channels: C_out.
-        drop_rate: This layer's drop rate; the mean, where a schedule is averaged over.
+        drop_rate: This layer's drop rate; the mean, where a schedule is averaged over; the true
+            one, ``1 - kept / channels``, where ``align`` rounds the number of kept channels up.
         forward, dense_backward, sparse_backward: FLOPs.
     """
 

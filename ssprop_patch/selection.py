@@ -31,14 +31,16 @@ def selectable_channels(out_channels: int, groups: int) -> int:
     return out_channels if groups in (1, out_channels) else out_channels // groups
 
 
-def kept_channels(channels: int, drop_rate: float) -> int:
-    """Return ``k = max(1, int((1 - drop_rate) * channels + 0.5))``.
+def kept_channels(channels: int, drop_rate: float, align: int = 1) -> int:
+    """Return ``k = max(1, int((1 - drop_rate) * channels + 0.5))``, rounded up to ``align``.
 
     Args:
         channels: Channels to choose from, see :func:`selectable_channels`.
         drop_rate: Fraction of them whose gradient is dropped, in [0, 1).
+        align: k is rounded up to a multiple of it, but to no more than ``channels``.
     """
-    return max(1, int((1.0 - drop_rate) * channels + 0.5))
+    k = max(1, int((1.0 - drop_rate) * channels + 0.5))
+    return k if align == 1 else min(channels, -(-k // align) * align)
 
 
 def l1_scores(dy: Tensor) -> Tensor:

@@ -154,9 +154,11 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_torchs_counter_knows_the_opaque_operator():
     class Source:
-        drop_rate = 0.75
         score_fn = staticmethod(l1_scores)
         record = None
+
+        def kept(self, channels):
+            return channels // 4
 
     source = Source()
     dy, x, w = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)

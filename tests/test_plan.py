@@ -281,7 +281,7 @@ def timed(monkeypatch, seconds):
 
     asked = {}
 
-    def time_layers(model, inputs, drop_rate, *, types, filter_fn, autocast, iterations):
+    def time_layers(model, inputs, drop_rate, *, types, filter_fn, align, autocast, iterations):
         rows = ssp.plan(model, types=types, filter_fn=filter_fn).converted
         asked.update(drop_rate=drop_rate, names=[row.name for row in rows])
         return [

@@ -55,6 +55,8 @@ def add_parser(commands: Any) -> None:
                         help="how many the schedule is averaged over")  # fmt: skip
     parser.add_argument("--steps-per-epoch", type=options.count, metavar="N",
                         help="for a schedule that counts optimizer steps")  # fmt: skip
+    parser.add_argument("--align", type=options.count, default=1, metavar="N",
+                        help="round the number of kept channels up to a multiple of N")  # fmt: skip
     options.add_format(parser, plot="the FLOPs of each layer")
     parser.set_defaults(run=run)
 
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     counted = summary(
         model, input_size=sizes, types=classes, drop_rate=args.drop_rate,
         schedule=args.schedule, epochs=args.epochs, steps_per_epoch=args.steps_per_epoch,
+        align=args.align,
     )  # fmt: skip
     if args.json:
         output.print_json({

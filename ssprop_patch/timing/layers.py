@@ -74,6 +74,7 @@ def time_layers(
     *,
     types: Types = DEFAULT_TYPES,
     filter_fn: FilterFn | None = None,
+    align: int = 1,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
     progress: Callable[[int, int], None] | None = None,
@@ -88,6 +89,7 @@ def time_layers(
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         drop_rate: Of the sparse side.
         types, filter_fn: Which layers, as for :func:`ssprop_patch.convert`.
+        align: As there.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each side.
         progress: Is called with how many of how many layers are done.
@@ -108,7 +110,7 @@ def time_layers(
     for done, (call, count) in enumerate(calls, 1):
         row = rows[call.module]
         if call.key not in timed:
-            timed[call.key] = _time(call, rate, types, autocast, iterations)
+            timed[call.key] = _time(call, rate, types, align, autocast, iterations)
         found.append(
             LayerTime(
                 row.name, row.cls.__name__, count,
@@ -122,12 +124,17 @@ def time_layers(
 
 
 def _time(
-    call: LayerCall, rate: float, types: Types, autocast: torch.dtype | None, iterations: int
+    call: LayerCall,
+    rate: float,
+    types: Types,
+    align: int,
+    autocast: torch.dtype | None,
+    iterations: int,
 ) -> tuple[Quantiles, Quantiles, str]:
     device = call.input.device
     layers = {
         "dense": isolated(call.module),
-        "sparse": convert(isolated(call.module), rate, types=types),
+        "sparse": convert(isolated(call.module), rate, types=types, align=align),
     }
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         runs = {side: _training_pass(layer, call, autocast) for side, layer in layers.items()}
