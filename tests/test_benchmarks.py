@@ -704,7 +704,7 @@ def test_layers_in_other_dtypes(option, dtype, tmp_path, monkeypatch):
 
 def step_options(**given: object) -> SimpleNamespace:
     return SimpleNamespace(**{"drop_rate": 0.8, "selection": "l1", "types": [], "amp": False,
-                              "skip_grouped": False} | given)  # fmt: skip
+                              "skip_grouped": False, "align": 1} | given)  # fmt: skip
 
 
 def sparse_layers(model: nn.Module) -> set[str]:
