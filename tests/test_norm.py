@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
 from ssprop_patch import native
+from ssprop_patch import norm as norm_module
 from ssprop_patch.deferred import NormGradient
 from ssprop_patch.norm import PatchedNorm
 from ssprop_patch.selection import l1_scores, l2_scores
@@ -73,6 +74,11 @@ def formed(monkeypatch):
     for name, method in (("whole", "form"), ("part", "take"), ("masked", "form_masked")):
         monkeypatch.setattr(NormGradient, method, counted(name, getattr(NormGradient, method)))
     return counts
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch):
+    monkeypatch.setattr(norm_module, "_MIN_ELEMENTS", 0)
 
 
 def net(dims=2, groups=1, norm=None, **kwargs):
@@ -195,6 +201,12 @@ def test_in_networks(way, name, formed):
     # Less than of one norm alone: rounding in one layer is input to the next.
     assert_same(got, expected, 1e-7)
     assert_same(state, expected_state, 0.0)
+
+
+def test_of_few_elements_is_torchs_own(way, formed, monkeypatch):
+    monkeypatch.setattr(norm_module, "_MIN_ELEMENTS", 2**17)
+    compare_with_oracle(way, net(), inputs())
+    assert not any(formed.values())
 
 
 def test_of_few_positions_is_torchs_own(way, formed):

@@ -9,6 +9,10 @@ before each. None of them is differentiable, and none is for a traced tensor (to
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +31,8 @@ _NUMBERS = {torch.float32: "float", torch.float64: "double"}
 
 # Of fewer elements one thread does it all: waking another takes longer.
 _ENOUGH = 2**15
+
+# Small layers spend more time in these lines of Python than in C: nothing here is made twice.
 
 
 def is_available(t: Tensor) -> bool:
@@ -63,10 +69,12 @@ def channel_sums(t: Tensor, order: int) -> Tensor:
     Returns:
         (C,), of ``t``'s dtype.
     """
-    sizes, last, threads = _sizes(t), _is_last(t), _threads(t)
-    out, work = t.new_empty(sizes[1]), _zeros(threads * sizes[1] if last else 0)
+    last, threads = not t.is_contiguous(), _threads(t)
+    c = t.shape[1]
+    out = t.new_empty(c)
+    work = _zeros(threads * c) if last else None
     _library(t).channel_sums(
-        t.data_ptr(), *sizes, last, order, out.data_ptr(), work.data_ptr(), threads
+        t.data_ptr(), *_sizes(t), last, order, out.data_ptr(), _pointer(work), threads
     )
     return out
 
@@ -89,17 +97,17 @@ def norm_sums(
     Returns:
         Three of shape (C,), of ``x``'s dtype.
     """
-    sizes, last, threads = _sizes(x), _is_last(x), _threads(x)
+    last, threads = not x.is_contiguous(), _threads(x)
+    c = x.shape[1]
     dz = _lying_like(dz, x)
-    weight, mean, invstd = (_vector(v, x) for v in (weight, mean, invstd))
-    c = sizes[1]
-    sums, lines = x.new_empty(3, c), x.new_empty(2 * c if last else 0)
-    work = _zeros(threads * 3 * c if last else 0)
+    weight, mean, invstd = _vectors(x.dtype, weight, mean, invstd)
+    sums = x.new_empty(3, c)
+    work, lines = (_zeros(threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
     _library(x).norm_sums(
-        *_pointers(dz, x, mean, invstd, weight), *sizes, last, order,
-        *_pointers(sums, work, lines), threads,
+        dz.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(weight),
+        *_sizes(x), last, order, sums.data_ptr(), _pointer(work), _pointer(lines), threads,
     )  # fmt: skip
-    return tuple(sums.unbind())
+    return sums.unbind()
 
 
 def norm_input_grad(
@@ -122,15 +130,16 @@ def norm_input_grad(
     Returns:
         (N, k, *spatial), of ``x``'s dtype and memory format.
     """
-    n, c, s = _sizes(x)
-    dz = _lying_like(dz, x)
-    weight, mean, invstd = (_vector(v, x) for v in (weight, mean, invstd))
-    sum_dz, sum_dz_xhat = _vector(sum_dz, x), _vector(sum_dz_xhat, x)
     k = index.shape[0]
+    dz, index = _lying_like(dz, x), index.contiguous()
+    weight, mean, invstd, sum_dz, sum_dz_xhat = _vectors(
+        x.dtype, weight, mean, invstd, sum_dz, sum_dz_xhat
+    )
     out, lines = _empty_of_channels(x, k), x.new_empty(4 * k)
     _library(x).norm_input_grad(
-        *_pointers(dz, x, mean, invstd, weight, sum_dz, sum_dz_xhat, index.contiguous()),
-        k, n, c, s, _is_last(x), *_pointers(out, lines), _threads(x),
+        dz.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(weight),
+        sum_dz.data_ptr(), sum_dz_xhat.data_ptr(), index.data_ptr(), k, *_sizes(x),
+        not x.is_contiguous(), out.data_ptr(), lines.data_ptr(), _threads(x),
     )  # fmt: skip
     return out
 
@@ -142,32 +151,32 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
         t: (N, C, *spatial), or (rows, C).
         index: (k,), the channels; not checked.
     """
-    if not _is_last(t):
+    if t.is_contiguous():
         return t.index_select(1, index)  # copies whole channels: nothing to gain
     n, c, s = _sizes(t)
-    k = index.shape[0]
+    k, index = index.shape[0], index.contiguous()
     out = _empty_of_channels(t, k)
     _library(t).take_channels(
-        *_pointers(t, index.contiguous()), k, n * s, c, out.data_ptr(), _threads(t)
+        t.data_ptr(), index.data_ptr(), k, n * s, c, out.data_ptr(), _threads(t)
     )
     return out
 
 
-def _library(t: Tensor):
+# What is_available has let through is contiguous or in channels_last.
+
+
+def _library(t: Tensor) -> Any:
     return library(_NUMBERS[t.dtype])
 
 
 def _sizes(t: Tensor) -> tuple[int, int, int]:
     """Return samples, channels and positions."""
     n, c, *spatial = t.shape
-    s = 1
-    for size in spatial:
-        s *= size
-    return n, c, s
+    return n, c, math.prod(spatial)
 
 
 def _is_last(t: Tensor) -> bool:
-    return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
+    return t.dim() > 2 and t.movedim(1, -1).is_contiguous()
 
 
 def _threads(t: Tensor) -> int:
@@ -178,22 +187,26 @@ def _zeros(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.float64)
 
 
-def _vector(v: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if v is None else v.detach().to(x.dtype).contiguous()
+def _vectors(dtype: torch.dtype, *vectors: Tensor | None) -> Iterator[Tensor | None]:
+    """Return the vectors as C reads them."""
+    return (
+        v if v is None or (v.dtype is dtype and v.is_contiguous()) else v.to(dtype).contiguous()
+        for v in vectors
+    )
 
 
 def _lying_like(t: Tensor, x: Tensor) -> Tensor:
-    if t.dtype == x.dtype and t.stride() == x.stride():
+    if t.dtype is x.dtype and t.stride() == x.stride():
         return t
     return torch.empty_like(x).copy_(t)
 
 
 def _empty_of_channels(t: Tensor, k: int) -> Tensor:
     n, _, *spatial = t.shape
-    if _is_last(t):
-        return t.new_empty(n, *spatial, k).movedim(-1, 1)
-    return t.new_empty(n, k, *spatial)
+    if t.is_contiguous():
+        return t.new_empty(n, k, *spatial)
+    return t.new_empty(n, *spatial, k).movedim(-1, 1)
 
 
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
