@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -34,7 +35,8 @@ _SIGNATURES = {
 def library(number: str) -> ctypes.CDLL | None:
     """Return the compiled functions for ``"float"`` or ``"double"``, or None where there are none.
 
-    There are none without a C compiler (``$CC``, gcc or cc), and where the environment variable
+    There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
+    torch has other threads than OpenMP's), and where the environment variable
     ``SSPROP_PATCH_NATIVE`` is 0. A compiler that fails is warned of, once.
     """
     compiler = find_compiler()
@@ -65,7 +67,7 @@ def library(number: str) -> ctypes.CDLL | None:
 
 def find_compiler() -> list[str] | None:
     """Return the command of the C compiler, or None; nothing is compiled."""
-    if os.environ.get("SSPROP_PATCH_NATIVE") == "0":
+    if sys.platform != "linux" or os.environ.get("SSPROP_PATCH_NATIVE") == "0":
         return None
     if os.environ.get("CC"):
         return shlex.split(os.environ["CC"])
