@@ -78,15 +78,18 @@ def _run(module: nn.Module, dense_forward: Any, args: Any, kwargs: Any) -> Any:
 
 def _is_paired(x: Any) -> bool:
     """Whether ``x`` comes straight from a sparse convolution that can use a deferred gradient."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        return False
-    if x.numel() < max(_MIN_ELEMENTS, _MIN_POSITIONS * x.shape[1]):
+    if not isinstance(x, Tensor) or not is_large_enough(x):
         return False
     node = x.grad_fn
     if not isinstance(node, SparseConvNode) or _saves_elsewhere():
         return False
     order = deferred_order(node.score_fn)
     return order is not None and passes.can_split_norm(x.detach(), order)
+
+
+def is_large_enough(x: Tensor) -> bool:
+    """Whether a deferred gradient pays for a norm with the input ``x``."""
+    return x.dim() >= 2 and x.numel() >= max(_MIN_ELEMENTS, _MIN_POSITIONS * x.shape[1])
 
 
 def _saves_elsewhere() -> bool:

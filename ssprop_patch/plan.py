@@ -151,7 +151,7 @@ def _measured_lines(row: PlanRow) -> list[tuple[str, ...]]:
             name,
             "x".join(map(str, t.input_shape)) + f" ({t.calls} times)" * (t.calls > 1),
             "x".join(map(str, t.weight_shape)), f"{t.dense_ms.p50:.3f}", f"{t.sparse_ms.p50:.3f}",
-            f"{t.share:.2f}", t.kernel, "yes" if row.pays else "no",
+            f"{t.share:.2f}", t.kernel + ", norm" * t.with_norm, "yes" if row.pays else "no",
         )
         for t in row.times
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..convert import revert
+from ..norm import deferring_norms, is_large_enough
 from ..trace import Shape, untouched
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -48,12 +49,13 @@ class TensorLike(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One call of a layer."""
+    """One call of a layer, and the batch norm right behind it that can defer its gradient."""
 
     module: nn.Module
     arguments: Any  # (args, kwargs) with a TensorLike for each tensor
     output_shape: Shape
     key: str  # equal where layer and inputs are alike, so that one timing serves all
+    norm: nn.Module | None = None
 
     @property
     def weight_shape(self) -> Shape:
@@ -98,8 +100,16 @@ def record_calls(
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args = (inputs,) if isinstance(inputs, Tensor) else () if kwargs else tuple(inputs)
     found: dict[tuple[int, str], tuple[LayerCall, int]] = {}
+    latest: list[Any] = [None, None]  # the output of the latest call, and where in found that is
 
-    def note(module: nn.Module, arguments: Any, out: Any) -> None:
+    def note_norm(norm: nn.Module, norm_args: Any, out: Any, x: Any) -> None:
+        y, place = latest
+        if x is y and y is not None and is_large_enough(y) and norm.training:
+            call, count = found[place]
+            key = f"{call.key} {_key(norm, norm_args)}"
+            found[place] = replace(call, norm=norm, key=key), count
+
+    def note(module: nn.Module, arguments: Any, out: Any, x: Any) -> None:
         y = next(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
         if not (y.requires_grad and module.training):
             return
@@ -107,13 +117,17 @@ def record_calls(
         first = LayerCall(module, arguments, tuple(y.shape), key)
         call, count = found.get((id(module), key), (first, 0))
         found[id(module), key] = call, count + 1
+        latest[:] = y, (id(module), key)
 
+    norms = deferring_norms(model, order=1)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
         if not model.training:
             model.train()
         for module in layers:
             vars(module)["forward"] = _noted(module, note)
+        for norm in norms:
+            vars(norm)["forward"] = _noted(norm, note_norm)
         try:
             with autocasting(_device(model, inputs), autocast):
                 torch.func.functional_call(model, buffers, args, kwargs)
@@ -162,7 +176,7 @@ def _noted(module: nn.Module, note: Callable[..., None]) -> Callable[..., Any]:
     def noted(*args: Any, **kwargs: Any) -> Any:
         arguments = pytree.tree_map_only(Tensor, TensorLike.of, (args, kwargs))
         out = forward(*args, **kwargs)
-        note(module, arguments, out)
+        note(module, arguments, out, args[0] if args else None)
         return out
 
     return noted

@@ -39,6 +39,8 @@ class LayerTime:
         kernel: How the sparse backward is computed (see :mod:`ssprop_patch.ways`): ``"gather"``,
             ``"matmul"``, ``"mask"``, ..., or ``"forward/mask"`` where dX and dW differ;
             ``"dense"`` where it keeps all channels.
+        with_norm: Whether the batch norm right behind it is in both times, because the sparse side
+            saves a part of its backward, too.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerTime:
     dense_ms: Quantiles
     sparse_ms: Quantiles
     kernel: str
+    with_norm: bool = False
 
     @property
     def share(self) -> float:
@@ -115,7 +118,7 @@ def time_layers(
             LayerTime(
                 row.name, row.cls.__name__, count,
                 call.input.shape, call.weight_shape, call.output_shape,
-                *timed[call.key],
+                *timed[call.key], call.norm is not None,
             )
         )  # fmt: skip
         if progress is not None:
@@ -133,8 +136,8 @@ def _time(
 ) -> tuple[Quantiles, Quantiles, str]:
     device = call.input.device
     layers = {
-        "dense": isolated(call.module),
-        "sparse": convert(isolated(call.module), rate, types=types, align=align),
+        "dense": _WithNorm(call),
+        "sparse": convert(_WithNorm(call), rate, types=types, align=align),
     }
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         runs = {side: _training_pass(layer, call, autocast) for side, layer in layers.items()}
@@ -155,7 +158,7 @@ def _time(
 
         # Both have run once then: the first time kernels are chosen and memory is taken.
         runs["dense"]()
-        kernel = _kernel(layers["sparse"], runs["sparse"])
+        kernel = _kernel(layers["sparse"].layer, runs["sparse"])
         once = min(seconds(run, 1) for run in runs.values())
         burst = min(max(1, int(_BURST_SECONDS / once)), _LONGEST_BURST)
         taken = alternate(
@@ -163,6 +166,19 @@ def _time(
             iterations,
         )
     return taken["dense"][0], taken["sparse"][0], kernel
+
+
+class _WithNorm(nn.Module):
+    """Copies of a layer and of the norm behind it, if there is one to be timed with it."""
+
+    def __init__(self, call: LayerCall) -> None:
+        super().__init__()
+        self.layer = isolated(call.module)
+        self.norm = None if call.norm is None else isolated(call.norm)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.layer(*args, **kwargs)
+        return out if self.norm is None else self.norm(out)
 
 
 def _training_pass(

@@ -109,3 +109,41 @@ def test_an_isolated_layer_computes_the_same_on_parameters_of_its_own(norm):
     assert not ours & {id(p) for p in alone.parameters()}
     assert len(layer._forward_hooks) == 1
     assert not ssp.is_converted(calls.isolated(ssp.convert(nn.Conv2d(3, 8, 3), 0.5)))
+
+
+class Block(nn.Module):
+    """Norms: right behind a convolution, behind an activation, and of another use of the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        x = self.norms[0](self.convs[0](x))
+        x = self.norms[1](self.convs[1](x).relu())
+        return self.norms[2](self.convs[2](x) + x)
+
+
+@pytest.mark.parametrize("least, paired", [(0, True), (10**6, False)])
+def test_a_batch_norm_that_defers_its_gradient_is_timed_with_its_layer(
+    least, paired, monkeypatch
+):
+    monkeypatch.setattr("ssprop_patch.norm._MIN_ELEMENTS", least)
+    monkeypatch.setattr("ssprop_patch.native.may_be_available", lambda: True)
+    model, x = Block(), torch.randn(2, 3, 8, 8, requires_grad=True)
+    before = [dict(vars(m)) for m in model.modules()]
+    found = [call for call, _ in calls.record_calls(model, list(model.convs), x)]
+    assert [call.norm for call in found] == [model.norms[0] if paired else None, None, None]
+    assert len({call.key for call in found}) == (2 if paired else 1)
+    assert [dict(vars(m)) for m in model.modules()] == before
+    rows = timing.time_layers(model, x, iterations=1)
+    assert [row.with_norm for row in rows] == [paired, False, False]
+
+
+def test_without_a_compiler_no_norm_is_timed_with_its_layer(monkeypatch):
+    monkeypatch.setattr("ssprop_patch.norm._MIN_ELEMENTS", 0)
+    monkeypatch.setattr("ssprop_patch.native.may_be_available", lambda: False)
+    model = Block()
+    found = calls.record_calls(model, list(model.convs), torch.randn(2, 3, 8, 8))
+    assert all(call.norm is None for call, _ in found)
