@@ -212,7 +212,8 @@ def test_not_inside_of_a_transform():
 
 
 @pytest.fixture
-def fresh_build():
+def fresh_build(monkeypatch):
+    monkeypatch.delenv("SSPROP_PATCH_NATIVE", raising=False)
     build.library.cache_clear()
     yield
     build.library.cache_clear()
