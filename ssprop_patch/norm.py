@@ -169,8 +169,9 @@ class _DeferringNorm(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, reserve = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not need_x:
-            # For a double backward: torch's own, which is differentiable.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not need_x:
+            # Compiled autograd cannot trace a deferred gradient; for a double backward torch's own
+            # is differentiable.
             dx, dw, db = torch.ops.aten._batch_norm_impl_index_backward(
                 ctx.kind, x, dz, weight, None, None, mean, invstd, True, ctx.eps,
                 [need_x, need_w, need_b], reserve,

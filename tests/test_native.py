@@ -241,7 +241,7 @@ def test_a_compiler_that_fails_is_warned_of(compiler, fresh_build, monkeypatch):
 
 
 @needs_compiler
-def test_what_is_installed_holds_the_source_and_compiles_without_a_word():
+def test_it_compiles_without_a_word():
     # In a process of its own, with every warning an error.
     code = "from ssprop_patch.native import build; print(build.library('float'))"
     done = subprocess.run(

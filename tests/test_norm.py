@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
@@ -386,6 +387,37 @@ def test_compiled_without_a_graph_break(way):
     got = step(torch.compile(model, backend=counter, fullgraph=True), inputs_once())[0]
     assert counter.frame_count == 1
     assert_same(got, step(other, inputs_once())[0])
+
+
+def test_under_compiled_autograd_the_backward_is_one_graph(way, formed):
+    grads = []
+    for model in two_sides(way):
+        loss = model(inputs_once()).square().sum()
+        counters.clear()
+        torch._dynamo.reset()
+        torch._dynamo.compiled_autograd.reset()
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(lambda loss: loss.backward(), backend="aot_eager")(loss)
+        breaks = [reason for reason in counters["graph_break"] if "backward() call" not in reason]
+        assert counters["compiled_autograd"]["captures"] == 1 and not breaks
+        grads.append([p.grad for p in model.parameters()])
+    assert_same(*grads)
+    assert not any(formed.values())
+
+
+@needs_compiler
+def test_when_the_c_functions_go_away_in_between_the_gradient_is_right(monkeypatch):
+    model = spread_out(net())
+    dense, x = copy.deepcopy(model), inputs_once()
+    with oracle.network(dense, RATE):
+        expected = step(dense, x)[0]
+    ssp.convert(model, RATE)
+    x.requires_grad_()
+    out = model(x)
+    monkeypatch.setattr(native, "library", lambda number: None)
+    weigh = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
+    (out * weigh).sum().backward()
+    assert_same([x.grad, *(p.grad for p in model.parameters())], expected)
 
 
 # --- patching ---------------------------------------------------------------------------------

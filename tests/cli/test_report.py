@@ -67,6 +67,14 @@ def test_report_counts_the_types_that_are_named(nets, printed, read_csv):
     assert {r["name"] for r in rows if float(r["saved"] or 0) > 0} == {"up"}
 
 
+def test_report_counts_aligned_channels(nets, printed):
+    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
+                  "--align", 4)  # fmt: skip
+    model = load_model(f"{nets}:build")
+    aligned = str(ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5, align=4))
+    assert aligned in out and "rounded up to multiples of 4" in aligned
+
+
 def test_report_takes_several_inputs(nets, printed):
     out = printed("report", f"{nets}:Two", "--input-size", 2, 3, 8, 8, "--input-size", 1, 2, 9,
                   "--drop-rate", 0.5)  # fmt: skip
