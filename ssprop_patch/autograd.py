@@ -38,7 +38,12 @@ def in_transform(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-_NO_TRANSFORMS = (
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for several gradients: ``is_grads_batched``, ``torch.func.vmap``."""
+    return not torch.compiler.is_compiling() and "Batched" in str(torch._C._dispatch_keys(t))
+
+
+NO_TRANSFORMS = (
     "the sparse backward does not work inside torch.func transforms (grad, vmap, jvp, ...), in "
     "forward-mode AD or under is_grads_batched: wrap the call in ssprop_patch.dense(model), use "
     "model.eval(), or drop_rate=0"
@@ -76,7 +81,7 @@ def sparse(
             "exclude the layer"
         )
     if in_transform(input, weight, bias):
-        raise RuntimeError(_NO_TRANSFORMS)
+        raise RuntimeError(NO_TRANSFORMS)
     device_type = input.device.type
     if _is_autocasting(device_type):
         # Cast what autocast would, but outside the Function, so that autograd casts back.
@@ -238,8 +243,8 @@ def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
         with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
             return backward(dy, *args)
     except RuntimeError as error:  # looked for late, as looking costs as much as an operation
-        if not torch.compiler.is_compiling() and "Batched" in str(torch._C._dispatch_keys(dy)):
-            raise RuntimeError(_NO_TRANSFORMS) from error
+        if is_batched(dy):
+            raise RuntimeError(NO_TRANSFORMS) from error
         raise
 
 

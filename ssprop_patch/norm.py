@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
 from . import passes
-from .autograd import SparseConvNode, in_transform
+from .autograd import NO_TRANSFORMS, SparseConvNode, in_transform, is_batched
 from .deferred import NormGradient
 from .modules import Patched, make_patched_class
 from .selection import deferred_order
@@ -176,6 +176,8 @@ class _DeferringNorm(torch.autograd.Function):
                 ctx.kind, x, dz, weight, None, None, mean, invstd, True, ctx.eps,
                 [need_x, need_w, need_b], reserve,
             )  # fmt: skip
+        elif is_batched(dz):
+            raise RuntimeError(NO_TRANSFORMS)
         else:
             sums = passes.norm_sums(dz, x, weight, mean, invstd, ctx.order)
             dx = NormGradient(dz, x, weight, mean, invstd, ctx.eps, sums, ctx.order)

@@ -405,6 +405,13 @@ def test_under_compiled_autograd_the_backward_is_one_graph(way, formed):
     assert not any(formed.values())
 
 
+def test_batched_gradients_are_a_clear_error(way):
+    model, x = ssp.convert(net(), RATE, selection=way.selection), inputs()
+    y = model(x)
+    with pytest.raises(RuntimeError, match="does not work inside torch.func.*is_grads_batched"):
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape).double(), is_grads_batched=True)
+
+
 @needs_compiler
 def test_when_the_c_functions_go_away_in_between_the_gradient_is_right(monkeypatch):
     model = spread_out(net())
