@@ -85,7 +85,8 @@ def time_layers(
     """Time each layer that a conversion would take, alone, on inputs like those it gets.
 
     The model runs once, to see shapes, strides and dtypes, and is left as it was. What is timed
-    are copies, one layer at a time; layers that are alike are timed once.
+    are copies, one layer at a time, together with the batch norm right behind it where that would
+    form its gradient for the kept channels only; layers that are alike are timed once.
 
     Args:
         model: Any module, converted or not; on the device and in the memory format to be timed.
