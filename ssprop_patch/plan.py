@@ -190,7 +190,8 @@ def plan(
         overrides: ``{pattern: rate}``, rates of their own for some layers, in force whenever the
             controller's rate is above 0. The first pattern that matches counts.
         measure: Whether to time the layers: forward and backward of one training step each, under
-            ``selection="l1"``, as :func:`ssprop_patch.timing.time_layers` does. A layer pays if its sparse median is below 0.97 of the dense one.
+            ``selection="l1"``, as :func:`ssprop_patch.timing.time_layers` does. A layer pays if
+            its sparse median is below 0.97 of the dense one.
         inputs: What the model is called with while measuring, on the device and in the memory
             format of the training: a tensor, a tuple of positional or a dict of keyword arguments.
         drop_rate, align: Of the sparse side while measuring, as for :func:`ssprop_patch.convert`.
