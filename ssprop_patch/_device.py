@@ -17,9 +17,16 @@ def waiter(device: torch.device) -> Callable[[], None]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the processor that computes."""
+    """Return the name of the processor that computes; of a CPU with the instructions torch uses.
+
+    In the cloud a name alone says little: an "AMD EPYC" may be of any generation.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _cpu_name() -> str:
     try:
         # platform.processor() is empty or says only x86_64 on Linux.
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -13,9 +14,10 @@ from . import presets
 from ._validate import check_count
 from .controller import Policy, SparsityController
 from .iterations import Membership
-from .modules import Patched, PatchedLayer, original_class, patched_class
-from .norm import PatchedNorm, deferring_norms, patched_norm_class
+from .modules import Patch, Patched, PatchedLayer, original_class, patched_class
+from .norm import deferring_norms, patched_norm_class
 from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
+from .relu import deferring_relus, patched_relu_class
 from .schedules import Schedule
 from .selection import Selection, deferred_order, resolve_selection
 from .synchronize import synchronized
@@ -122,8 +124,12 @@ def convert(
     }
     layers = {row.module: policies[row.drop_rate] for row in todo.converted}
     roots = {model: controller} if layers else {}
+    helpers: dict[nn.Module, Patch] = {}
     norms = deferring_norms(model, deferred_order(score_fn)) if layers else ()
-    apply_conversion(Conversion(layers, roots, norms), within=model)
+    if norms:
+        helpers.update(dict.fromkeys(norms, patched_norm_class))
+        helpers.update(dict.fromkeys(deferring_relus(model), patched_relu_class))
+    apply_conversion(Conversion(layers, roots, helpers), within=model)
     return model
 
 
@@ -188,12 +194,13 @@ class Conversion(NamedTuple):
     Attributes:
         layers: With the policy of each.
         roots: Whole models, with the controller of each.
-        norms: Batch norms that form only what gradient the layers before them keep.
+        helpers: Batch norms that form only what gradient the layers before them keep, and ReLUs
+            behind those, with what makes the class of each.
     """
 
     layers: Mapping[nn.Module, Policy]
     roots: Mapping[nn.Module, SparsityController]
-    norms: Sequence[nn.Module] = ()
+    helpers: Mapping[nn.Module, Patch] = MappingProxyType({})
 
     @classmethod
     def of(cls, model: nn.Module) -> Conversion:
@@ -201,7 +208,8 @@ class Conversion(NamedTuple):
         layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedLayer)}
         marks = {m: vars(m).get("_ssprop_root") for m in model.modules()}
         roots = {m: mark.controller for m, mark in marks.items() if mark is not None}
-        return cls(layers, roots, [m for m in model.modules() if isinstance(m, PatchedNorm)])
+        patched = [m for m in model.modules() if isinstance(m, Patched) and m not in layers]
+        return cls(layers, roots, {m: type(m)._ssprop_patch for m in patched})
 
 
 def apply_conversion(after: Conversion, within: nn.Module) -> None:
@@ -212,9 +220,8 @@ def apply_conversion(after: Conversion, within: nn.Module) -> None:
     before = Conversion.of(within)
     done: list[tuple[nn.Module, type]] = []
     try:
-        patched = {m: patched_class for m in after.layers}
-        patched.update((m, patched_norm_class) for m in after.norms)
-        for module in dict.fromkeys((*before.layers, *before.norms, *patched)):
+        patched = {**dict.fromkeys(after.layers, patched_class), **after.helpers}
+        for module in dict.fromkeys((*before.layers, *before.helpers, *patched)):
             cls = type(module)
             plain = original_class(cls)
             module.__class__ = patched[module](plain) if module in patched else plain

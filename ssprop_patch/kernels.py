@@ -99,29 +99,46 @@ def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
 def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
     """Return the ways that are usually the fastest.
 
-    From timings of layers at drop rate 0.8 on two CPU cores: of an AMD EPYC with AVX-512 (torch
-    2.14), whose smaller convolutions are nearly as fast as their FLOPs say, above all in
-    channels_last; and of one without (torch 2.15), where smaller grouped and depthwise ones are
-    slower than the whole. Other devices keep to their convolution kernels.
+    From timings of layers at drop rate 0.8 on two cores of two AMD EPYCs, with AVX-512 (Zen 5) and
+    without (Zen 3), torch 2.14. The former's smaller convolutions are nearly as fast as their FLOPs
+    say, above all in channels_last. Other devices keep to their convolution kernels.
 
     Args:
         x, w, p: Input, weight and geometry.
         k: Kept channels.
     """
     cpu, last = x.device.type == "cpu", is_channels_last(x)
-    fast = cpu and _AVX512
     depthwise = p.groups > 1 and p.groups == p.out_channels(w)
     if p.transposed:
         return _GATHER if p.groups == 1 or depthwise else _MASK
-    if depthwise and (fast or not last):
-        return _through_nhwc(x, w, p) if fast else _GATHER
     if p.groups > 1:
-        return _through_nhwc(x, w, p) if fast and max(p.stride) == 1 else _MASK
+        if cpu and x.dim() == 4:
+            return _grouped(x, w, p, depthwise, last)
+        return _GATHER if depthwise and not last else _MASK
     pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
-    return _pointwise(x, w, p, k, last, fast) if pointwise and cpu else _GATHER
+    return _pointwise(x, w, p, k, last) if pointwise and cpu else _GATHER
 
 
 _GATHER, _MATMUL, _MASK = Ways("gather", "gather"), Ways("matmul", "matmul"), Ways("mask", "mask")
+# The AVX2 kernels for grouped convolutions of contiguous tensors take blocks of so many channels.
+_AVX2_BLOCK = 8
+
+
+def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -> Ways:
+    """As :func:`by_rule`, of a grouped 2d convolution on a CPU: in which format, and is it smaller?
+
+    The kernels for some channels of each group are slow but in channels_last.
+    """
+    if last:
+        return _MASK if _AVX512 and not depthwise and max(p.stride) > 1 else _GATHER
+    if depthwise:
+        return _through_nhwc(x, w, p) if _AVX512 or max(w.shape[2:]) > 3 else _GATHER
+    if _AVX512:
+        return _through_nhwc(x, w, p) if max(p.stride) == 1 else _MASK
+    if w.shape[1] == _AVX2_BLOCK:
+        return _MASK
+    nhwc = _through_nhwc(x, w, p)
+    return nhwc._replace(dx="forward") if "forward" in possible(x, w, p)[0] else nhwc
 
 
 def _through_nhwc(x: Tensor, w: Tensor, p: ConvParams) -> Ways:
@@ -129,7 +146,7 @@ def _through_nhwc(x: Tensor, w: Tensor, p: ConvParams) -> Ways:
     return Ways(name, name)
 
 
-def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool, fast: bool) -> Ways:
+def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
     """As :func:`by_rule`, of a 1x1 convolution on a CPU: is it faster as a matrix product?
 
     Yes where it is small (less to prepare), where it has a stride, and, of a contiguous tensor,
@@ -140,11 +157,13 @@ def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool, fast: bo
         return _MATMUL
     size = x.shape[0] * positions * x.shape[1] * k
     if last:
-        return _MATMUL if (size <= 8e6 if fast else k >= 32) else _GATHER
+        return _MATMUL if (size <= 8e6 if _AVX512 else k >= 32) else _GATHER
     if x.dtype not in (torch.float32, torch.float64):  # see ways.possible
         return _GATHER
-    many = positions >= 900 or size <= 3e7 if fast else positions >= 100
-    return _MATMUL if many or max(p.stride) > 1 else _GATHER
+    if max(p.stride) > 1:
+        return _MATMUL
+    many, small = (900, 3e7) if _AVX512 else (100, 1e7)
+    return _MATMUL if positions >= many or size <= small else _GATHER
 
 
 # --- measuring ----------------------------------------------------------------------------------

@@ -37,6 +37,10 @@ LAYERS: dict[type[nn.Module], Operation] = {
 }
 
 
+#: Makes the patched class of a class.
+Patch = Callable[[type[nn.Module]], type[nn.Module]]
+
+
 class Patched(nn.Module):
     """Mixin of all patched classes: what a copy and a pickle of one need.
 
@@ -63,7 +67,7 @@ class PatchedLayer(Patched):
 
 
 def _rebuild(
-    patch: Callable[[type[nn.Module]], type[nn.Module]],
+    patch: Patch,
     function: Callable[..., nn.Module],
     args: tuple[Any, ...],
 ) -> nn.Module:
@@ -115,7 +119,7 @@ def patched_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def make_patched_class(
     mixin: type[Patched],
-    patch: Callable[[type[nn.Module]], type[nn.Module]],
+    patch: Patch,
     cls: type[nn.Module],
     name: str,
     method: Callable[..., Any],

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import passes
 from .autograd import NO_TRANSFORMS, SparseConvNode, in_transform, is_batched
-from .deferred import NormGradient
+from .deferred import NormGradient, ReLUGradient
 from .modules import Patched, make_patched_class
 from .selection import deferred_order
 
@@ -163,6 +163,7 @@ class _DeferringNorm(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, weight, mean, invstd, reserve)
         ctx.eps, ctx.kind, ctx.order = eps, kind, order
+        ctx.takes_relu = passes.can_split_relu(x)  # for the ReLU behind, which sees this as grad_fn
         return out
 
     @staticmethod
@@ -179,8 +180,13 @@ class _DeferringNorm(torch.autograd.Function):
         elif is_batched(dz):
             raise RuntimeError(NO_TRANSFORMS)
         else:
-            sums = passes.norm_sums(dz, x, weight, mean, invstd, ctx.order)
-            dx = NormGradient(dz, x, weight, mean, invstd, ctx.eps, sums, ctx.order)
+            dz, relu_out = dz.parts() if isinstance(dz, ReLUGradient) else (dz, None)
+            sums = passes.norm_sums(dz, x, weight, mean, invstd, ctx.order, relu_out)
+            dx = NormGradient(x, dz, weight, mean, invstd, ctx.eps, sums, ctx.order, relu_out)
             dw = sums.dz_xhat.to(weight.dtype) if need_w else None
             db = sums.dz.to(weight.dtype) if need_b else None
         return dx if need_x else None, dw if need_w else None, db if need_b else None, *[None] * 5
+
+
+#: The class of ``grad_fn`` of what such a norm returns.
+DeferringNormNode = _DeferringNorm._backward_cls

@@ -152,24 +152,48 @@ def can_split_norm(t: Tensor, order: int) -> bool:
     return order == 2 and _kernels(t) is not None
 
 
+def may_split_relu(device_type: str) -> bool:
+    """Whether :func:`can_split_relu` may hold for tensors on a device, before there are any."""
+    if device_type == "cpu":
+        return native.may_be_available()
+    return device_type == "cuda" and _TRITON and _triton_kernels() is not None
+
+
+def can_split_relu(t: Tensor) -> bool:
+    """Whether these passes can do the backward of a ReLU behind the norm on the way.
+
+    With torch's own operations that would be one more pass over memory in each of the two.
+    """
+    return _kernels(t) is not None
+
+
 def norm_sums(
-    dz: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, order: int
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    order: int,
+    relu_out: Tensor | None = None,
 ) -> NormSums:
     """Return what batch norm's backward in training mode needs to know of the whole batch.
 
     Args:
-        dz: Gradient of the norm's output, (N, C, *spatial).
-        x: Its input, of the same shape.
+        dz: Gradient of the norm's output, (N, C, *spatial); of the output of the ReLU behind it if
+            ``relu_out`` is given.
+        x: The norm's input, of the same shape.
         weight: (C,), or None.
         mean, invstd: Of the batch, (C,).
         order: Of the sum of dy.
+        relu_out: Output of the ReLU, see :func:`can_split_relu`.
     """
     kernels = _kernels(x)
     if kernels is native:
-        dz, dz_xhat, dy = native.norm_sums(dz, x, weight, mean, invstd, order)
+        dz, dz_xhat, dy = native.norm_sums(dz, x, weight, mean, invstd, order, relu_out)
         return NormSums(dz, dz_xhat, dy=dy)
     if kernels is not None and kernels.is_available(dz):
-        return NormSums(*kernels.norm_sums(dz, x, mean, invstd))
+        return NormSums(*kernels.norm_sums(dz, x, mean, invstd, relu_out))
+    dz = relu_backward(dz, relu_out)
     _, dz_xhat, dz = aten.native_batch_norm_backward(
         dz, x, None, None, None, mean, invstd, True, 0.0, [False, True, True]
     )
@@ -185,11 +209,12 @@ def norm_input_grad(
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     index: Tensor,
+    relu_out: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of batch norm's input, in training mode, of the channels ``index``.
 
     Args:
-        dz, x, mean, invstd: As for :func:`norm_sums`.
+        dz, x, mean, invstd, relu_out: As for :func:`norm_sums`.
         weight: (C,), or None.
         sum_dz, sum_dz_xhat: Of :class:`NormSums`.
         index: (k,), the channels.
@@ -199,7 +224,9 @@ def norm_input_grad(
     """
     kernels = _kernels(x)
     if kernels is native or (kernels is not None and kernels.is_available(dz)):
-        return kernels.norm_input_grad(dz, x, weight, mean, invstd, sum_dz, sum_dz_xhat, index)
+        sums = (sum_dz, sum_dz_xhat)
+        return kernels.norm_input_grad(dz, x, weight, mean, invstd, *sums, index, relu_out)
+    dz = relu_backward(dz, relu_out)
     # Not torch's own kernel on the chosen channels, which would sum over them once more; in
     # channels_last it takes longer for some channels than for all of them.
     n = dz.numel() // dz.shape[1]
@@ -211,6 +238,11 @@ def norm_input_grad(
     xhat.sub_(mean[index].view(shape)).mul_(xhat_scale.view(shape))
     dy.sub_((sum_dz[index] / n).view(shape)).mul_(scale.view(shape)).sub_(xhat)
     return dy.to(x.dtype)
+
+
+def relu_backward(dz: Tensor, relu_out: Tensor | None) -> Tensor:
+    """Return the gradient of a ReLU's input; ``dz`` where there is no ReLU."""
+    return dz if relu_out is None else aten.threshold_backward(dz, relu_out, 0)
 
 
 def _kernels(t: Tensor) -> ModuleType | None:

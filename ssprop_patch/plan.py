@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._text import columns
 from ._validate import check_drop_rate
-from .modules import (
-    LAYERS,
-    Patched,
-    PatchedLayer,
-    base_layer,
-    has_own_forward,
-    is_patched_class,
-    original_class,
-    overrides_forward,
+from .eligible import (
+    DEFAULT_TYPES,
+    Types,
+    check_types,
+    is_wrapped,
+    judge,
+    looks_like_convolution,
 )
+from .modules import PatchedLayer, original_class
+from .patterns import check_patterns, matches
 
 if TYPE_CHECKING:
     from .timing.calls import Inputs
     from .timing.layers import LayerTime
+    from .timing.turns import Quantiles
+
+__all__ = ["DEFAULT_TYPES", "FilterFn", "Plan", "PlanRow", "Types", "plan"]
 
 FilterFn = Callable[[nn.Module, str], bool]
-Types = type[nn.Module] | Sequence[type[nn.Module]]
-
-#: What is converted unless other classes are named.
-DEFAULT_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class PlanRow:
 
     @property
     def pays(self) -> bool:
-        """Whether all calls of the layer in one step took clearly less time with a sparse backward.
+        """Whether all calls of the layer, alone, took clearly less time with a sparse backward.
 
         A layer that was measured and had no call to train does not pay.
         """
@@ -71,19 +65,54 @@ class PlanRow:
         return sparse < _CLEARLY * dense
 
 
-# What two measurements of the same layer may differ by on a quiet machine.
-_CLEARLY = 0.97
+# What two measurements of the same layer, or network, may differ by on a quiet machine.
+_CLEARLY, _NETWORK_CLEARLY = 0.97, 0.99
+
+
+@dataclass(frozen=True)
+class PlanNetwork:
+    """The whole network with some of its layers converted.
+
+    Attributes:
+        choice: ``"none"`` of them, ``"those that pay alone"``, or ``"all"``.
+        converted: Their names.
+        ms: Milliseconds of forward and backward.
+    """
+
+    choice: str
+    converted: frozenset[str]
+    ms: Quantiles
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A dry run of :func:`ssprop_patch.convert`; prints as a table, iterates over its rows."""
+    """A dry run of :func:`ssprop_patch.convert`; prints as a table, iterates over its rows.
+
+    Attributes:
+        rows: One for each layer.
+        measured: Whether they were timed.
+        networks: The choices of layers that the whole network was timed with, first ``"none"``;
+            empty where there was no choice.
+    """
 
     rows: tuple[PlanRow, ...]
     measured: bool = False
+    networks: tuple[PlanNetwork, ...] = ()
+
+    @property
+    def best(self) -> PlanNetwork | None:
+        """The fastest choice: the dense network unless another is clearly faster; None of none."""
+        if not self.networks:
+            return None
+        dense, *others = self.networks
+        fastest = min(others, key=lambda network: network.ms.p50)
+        return fastest if fastest.ms.p50 < _NETWORK_CLEARLY * dense.ms.p50 else dense
 
     def pays(self, module: nn.Module, name: str = "") -> bool:
-        """Whether a layer pays on this machine, as it was measured: a ``filter_fn``.
+        """Whether to convert a layer on this machine, as it was measured: a ``filter_fn``.
+
+        A layer belongs to the fastest choice for the whole network: alone it may pay and in there
+        not, or the other way round, as caches and memory are shared.
 
         Args:
             module: A layer of the model that was planned, or of a copy of it.
@@ -99,7 +128,7 @@ class Plan:
         row = next((r for r in self.rows if r.module is module), None)
         if row is None:
             row = next((r for r in self.rows if r.name == name), None)
-        return row is not None and row.pays
+        return row is not None and self.best is not None and row.name in self.best.converted
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -124,7 +153,16 @@ class Plan:
 
     def __str__(self) -> str:
         if self.measured:
-            head = ("name", "input", "weight", "dense ms", "sparse ms", "share", "kernel", "pays")
+            head = (
+                "name",
+                "input",
+                "weight",
+                "dense ms",
+                "sparse ms",
+                "share",
+                "kernel",
+                "pays alone",
+            )
             cells = [head, *(line for row in self.rows for line in _measured_lines(row))]
         else:
             cells = [("name", "class", "action", "why")]
@@ -134,8 +172,14 @@ class Plan:
             f"{len(self.rows)} layers: {len(self.converted)} to convert, "
             f"{len(self.skipped)} stay dense"
             + (f", {len(self.refused)} refused" if self.refused else "")
-            + (f"; {sum(row.pays for row in self.converted)} pay" if self.measured else "")
+            + (f"; {sum(row.pays for row in self.converted)} pay alone" if self.measured else "")
         )
+        if self.best is not None:
+            times = (f"{n.choice} {n.ms.p50:.3f} ms" for n in self.networks)
+            lines.append(
+                f"forward and backward of the whole network, converted: {', '.join(times)}; "
+                f"convert {self.best.choice}"
+            )
         return "\n".join(lines)
 
 
@@ -173,8 +217,9 @@ def plan(
 ) -> Plan:
     """Say what :func:`ssprop_patch.convert` would do to each layer, and change nothing.
 
-    With ``measure`` also what it would save on this machine: each layer that would be converted is
-    timed alone, dense and sparse in turns, and ``filter_fn=plan.pays`` converts those that pay::
+    With ``measure`` also what it would save on this machine. Each layer that would be converted is
+    timed alone, dense and sparse in turns; then the whole network with none of them converted,
+    those that paid alone, and all. ``filter_fn=plan.pays`` converts what was fastest, maybe none::
 
         convert(model, filter_fn=plan(model, inputs=x, drop_rate=0.8, measure=True).pays)
 
@@ -189,9 +234,11 @@ def plan(
             stem alone).
         overrides: ``{pattern: rate}``, rates of their own for some layers, in force whenever the
             controller's rate is above 0. The first pattern that matches counts.
-        measure: Whether to time the layers: forward and backward of one training step each, under
-            ``selection="l1"``, as :func:`ssprop_patch.timing.time_layers` does. A layer pays if
-            its sparse median is below 0.97 of the dense one.
+        measure: Whether to time layers and network: forward and backward of a training step, under
+            ``selection="l1"``, as :func:`ssprop_patch.timing.time_layers` and ``time_networks`` do.
+            A layer pays alone if its sparse median is below 0.97 of the dense one; a converted
+            network is faster than the dense one if its median is below 0.99 of that. A compiled
+            model runs compiled, once for each choice. Measure before wrapping in DDP.
         inputs: What the model is called with while measuring, on the device and in the memory
             format of the training: a tensor, a tuple of positional or a dict of keyword arguments.
         drop_rate, align: Of the sparse side while measuring, as for :func:`ssprop_patch.convert`.
@@ -216,7 +263,7 @@ def plan(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    types = _check_types(types)
+    types = check_types(types)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     overrides = {
         pattern: check_drop_rate(rate, f"overrides[{pattern!r}]")
@@ -228,144 +275,61 @@ def plan(
     layers = {
         m: aliases
         for m, aliases in names.items()
-        if isinstance(m, (*types, PatchedLayer)) or _looks_like_convolution(m) or _is_wrapped(m)
+        if isinstance(m, (*types, PatchedLayer)) or looks_like_convolution(m) or is_wrapped(m)
     }
-    _check_patterns((*exclude, *overrides), layers)
+    check_patterns((*exclude, *overrides), layers)
 
     rows = []
     for module, aliases in layers.items():
-        action, reason = _judge(module, types)
+        action, reason = judge(module, types)
         rate = None
         if action == "convert":
-            excluded = next((p for p in exclude if _matches(p, aliases)), None)
+            excluded = next((p for p in exclude if matches(p, aliases)), None)
             if excluded is not None:
                 action, reason = "skip", f"excluded by {excluded!r}"
             elif filter_fn is not None and not filter_fn(module, aliases[0]):
                 action, reason = "skip", "filter_fn returned False"
             else:
-                pattern = next((p for p in overrides if _matches(p, aliases)), None)
+                pattern = next((p for p in overrides if matches(p, aliases)), None)
                 if pattern is not None:
                     rate = overrides[pattern]
                     reason += f", drop rate {rate:g} by {pattern!r}"
-        rows.append(PlanRow(aliases[0], module, _shown_class(module), action, reason, rate))
+        rows.append(PlanRow(aliases[0], module, original_class(type(module)), action, reason, rate))
     if not measure:
         return Plan(tuple(rows))
-    from .timing import time_layers  # which itself begins with a plan
+    from .timing import time_layers, time_networks  # which themselves begin with a plan
 
-    times = time_layers(
-        model, inputs, drop_rate, types=types, filter_fn=_members(rows), align=align,
-        autocast=autocast, iterations=iterations,
-    )  # fmt: skip
+    timing = {"types": types, "align": align, "autocast": autocast, "iterations": iterations}
+    times = time_layers(model, inputs, drop_rate, filter_fn=_members(rows), **timing)
     by_name: dict[str, list[LayerTime]] = {}
     for time in times:
         by_name.setdefault(time.name, []).append(time)
-    timed = (replace(row, times=tuple(by_name.get(row.name, ()))) for row in rows)
-    return Plan(tuple(timed), measured=True)
+    timed = tuple(replace(row, times=tuple(by_name.get(row.name, ()))) for row in rows)
+    choices = _choices(timed)
+    if not choices:
+        return Plan(timed, measured=True)
+    modules = {choice: [row.module for row in chosen] for choice, chosen in choices.items()}
+    ms = time_networks(model, inputs, modules, drop_rate, **timing)
+    networks = (
+        PlanNetwork(choice, frozenset(row.name for row in chosen), ms[choice])
+        for choice, chosen in choices.items()
+    )
+    return Plan(timed, measured=True, networks=tuple(networks))
+
+
+def _choices(rows: Sequence[PlanRow]) -> dict[str, list[PlanRow]]:
+    """Return which layers the whole network is to be timed with; nothing where none can train."""
+    trained = [row for row in rows if row.times]
+    if not trained:
+        return {}
+    pay = [row for row in trained if row.pays]
+    choices = {"none": [], "those that pay alone": pay, "all": trained}
+    return {
+        name: chosen for name, chosen in choices.items()
+        if name != "those that pay alone" or 0 < len(pay) < len(trained)
+    }  # fmt: skip
 
 
 def _members(rows: Sequence[PlanRow]) -> FilterFn:
     wanted = {row.module for row in rows if row.action == "convert"}
     return lambda module, name: module in wanted
-
-
-def _judge(
-    module: nn.Module, types: tuple[type[nn.Module], ...]
-) -> tuple[Literal["convert", "skip", "refuse"], str]:
-    cls = type(module)
-    if _is_wrapped(module):
-        return "refuse", (
-            f"{cls.__name__} was put on after conversion: take it off first (for parametrizations "
-            "torch.nn.utils.parametrize.remove_parametrizations), then convert or revert"
-        )
-    cls = original_class(cls)
-    if issubclass(cls, LazyModuleMixin):
-        return "refuse", "lazy: run one forward first, so that it gets its shape and its class"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "skip", "TorchScript: convert before scripting"
-    base = base_layer(cls)
-    if not isinstance(module, types):
-        if base is None:
-            return "skip", "not a Conv1d, Conv2d or Conv3d: computes its convolution in its own way"
-        kind = "transposed convolution: " if LAYERS[base].transposed else ""
-        return "skip", f"{kind}nn.{base.__name__} is not among types"
-    if getattr(module, "out_features" if base is nn.Linear else "out_channels", None) == 1:
-        return "skip", "one output channel: nothing to choose from"
-    if any(p.is_complex() for p in module.parameters()):
-        return "skip", "complex weights"
-    if issubclass(cls, NonDynamicallyQuantizableLinear):
-        return "skip", "nn.MultiheadAttention reads its weight and never calls it"
-    if overrides_forward(cls) and "forward" in vars(module):
-        return "skip", "its forward is wrapped on the instance: convert before it is wrapped"
-    if not has_own_forward(cls):
-        return "convert", "stock forward"
-    caught = "F.linear" if base is nn.Linear else "F.conv"
-    return "convert", f"own forward: its calls of {caught} are caught"
-
-
-def _check_types(types: Types) -> tuple[type[nn.Module], ...]:
-    found = (types,) if isinstance(types, type) else tuple(types)
-    for cls in found:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise TypeError(f"types must be classes of layers, got {cls!r}")
-        # A layer of another library that computes its convolution with torch's functions may be
-        # named; whether it does shows when it runs, and a warning says so where it does not.
-        if base_layer(cls) is None and "conv" not in cls.__name__.lower():
-            names = ", ".join(f"nn.{base.__name__}" for base in LAYERS)
-            raise ValueError(
-                f"types: {cls.__name__} has no sparse backward; there is one for {names}, their "
-                "subclasses, and other classes of convolutions"
-            )
-    if not found:
-        raise ValueError("types is empty: name at least one class of layers, such as nn.Conv2d")
-    return found
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    """Whether something was put on the class of a patched layer or norm."""
-    return isinstance(module, Patched) and not is_patched_class(type(module))
-
-
-def _looks_like_convolution(module: nn.Module) -> bool:
-    if isinstance(module, _ConvNd):
-        return True
-    # Layers of other libraries that hold a weight and say what they are.
-    name = getattr(module, "original_name", type(module).__name__)
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return "conv" in name.lower() and weight is not None and weight.dim() > 1
-
-
-def _shown_class(module: nn.Module) -> type[nn.Module]:
-    return original_class(type(module))
-
-
-def _matches(pattern: str, aliases: Sequence[str]) -> bool:
-    return any(
-        name == pattern
-        or name.startswith(pattern + ".")
-        or name.endswith("." + pattern)
-        or _fullmatch(pattern, name)
-        for name in aliases
-    )
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False  # then it can only be a name
-
-
-def _check_patterns(
-    patterns: Sequence[str], layers: Mapping[nn.Module, Sequence[str]]
-) -> None:
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"a pattern must be text, got {pattern!r}")
-        if any(_matches(pattern, aliases) for aliases in layers.values()):
-            continue
-        names = [name for aliases in layers.values() for name in aliases]
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-        raise ValueError(
-            f"the pattern {pattern!r} matches no layer to convert; the nearest names are "
-            f"{', '.join(map(repr, near)) or 'none, as there is no such layer'}"
-        )

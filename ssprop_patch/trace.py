@@ -150,11 +150,15 @@ def _inputs(
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
     """Put back, whatever happens, what running a model may change beside its buffers' values.
 
     That is every attribute of every module, the content of those that are plain containers
     (hooks, caches, lists of features), training flags and the random states.
+
+    Args:
+        model: Any module.
+        eager: Whether what is compiled runs eagerly meanwhile.
     """
     held = [
         c
@@ -168,7 +172,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     python = getstate()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
-        if "torch._dynamo" in sys.modules:  # a compiled part would be compiled once more
+        if eager and "torch._dynamo" in sys.modules:  # a compiled part would be compiled once more
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield

@@ -83,10 +83,14 @@ def test_take_channels(shape, last, dtype, threads):
 
 
 class Norm:
-    """One batch norm in training mode: its backward by autograd, in float64."""
+    """One batch norm in training mode, a ReLU behind it or not: its backward by autograd."""
 
-    def __init__(self, shape, dtype, last, affine=True):
+    def __init__(self, shape, dtype, last, affine=True, relu=False):
         self.x, self.dz = (random(shape, dtype, last, seed) for seed in (1, 2))
+        self.relu_out = random(shape, dtype, last, 4).relu() if relu else None
+        dz = self.dz.double()
+        if relu:
+            dz = torch.where(self.relu_out > 0, dz, 0)
         self.weight = random((1, shape[1]), dtype, False, 3)[0] if affine else None
         x = self.x.double().requires_grad_()
         dims = [0, *range(2, x.dim())]
@@ -94,11 +98,10 @@ class Norm:
         self.invstd = (x.var(dims, unbiased=False) + 1e-3).rsqrt().detach()
         weight = None if self.weight is None else self.weight.double()
         z = torch.nn.functional.batch_norm(x, None, None, weight, training=True, eps=1e-3)
-        (self.dy,) = torch.autograd.grad(z, x, self.dz.double())
+        (self.dy,) = torch.autograd.grad(z, x, dz)
         line = (1, -1, *[1] * (x.dim() - 2))
         xhat = (x.detach() - self.mean.view(line)) * self.invstd.view(line)
-        self.sum_dz = self.dz.double().sum(dims)
-        self.sum_dz_xhat = (self.dz.double() * xhat).sum(dims)
+        self.sum_dz, self.sum_dz_xhat = dz.sum(dims), (dz * xhat).sum(dims)
         self.sum_dy = {n: self.dy.abs().pow(n).sum(dims) for n in (1, 2)}
         self.mean, self.invstd = self.mean.to(dtype), self.invstd.to(dtype)
 
@@ -107,11 +110,13 @@ NORM_SHAPES = [s for s in SHAPES if math.prod(s) > s[1]]  # torch's norm wants t
 
 
 @each_case(NORM_SHAPES)
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("affine, relu", [(True, True), (False, False), (True, False)])
 @pytest.mark.parametrize("order", [1, 2])
-def test_norm_sums(shape, last, dtype, affine, order, threads):
-    norm = Norm(shape, dtype, last, affine)
-    got = native.norm_sums(norm.dz, norm.x, norm.weight, norm.mean, norm.invstd, order)
+def test_norm_sums(shape, last, dtype, affine, relu, order, threads):
+    norm = Norm(shape, dtype, last, affine, relu)
+    got = native.norm_sums(
+        norm.dz, norm.x, norm.weight, norm.mean, norm.invstd, order, norm.relu_out
+    )
     for sums, expected in zip(
         got, (norm.sum_dz, norm.sum_dz_xhat, norm.sum_dy[order]), strict=True
     ):
@@ -119,13 +124,13 @@ def test_norm_sums(shape, last, dtype, affine, order, threads):
 
 
 @each_case(NORM_SHAPES)
-@pytest.mark.parametrize("affine", [True, False])
-def test_norm_input_grad(shape, last, dtype, affine, threads):
-    norm = Norm(shape, dtype, last, affine)
+@pytest.mark.parametrize("affine, relu", [(True, True), (False, False), (True, False)])
+def test_norm_input_grad(shape, last, dtype, affine, relu, threads):
+    norm = Norm(shape, dtype, last, affine, relu)
     index = torch.randperm(shape[1])[: max(1, shape[1] // 2)].sort().values
     got = native.norm_input_grad(
         norm.dz, norm.x, norm.weight, norm.mean, norm.invstd,
-        norm.sum_dz.to(dtype), norm.sum_dz_xhat.to(dtype), index,
+        norm.sum_dz.to(dtype), norm.sum_dz_xhat.to(dtype), index, norm.relu_out,
     )  # fmt: skip
     assert_close(got, norm.dy[:, index], dtype)
     assert got.stride() == lying(got, last and got.dim() > 2).stride()
@@ -147,6 +152,40 @@ def test_a_gradient_that_lies_otherwise_than_the_input(last):
             native.norm_input_grad(dz, norm.x, *vectors, *sums, index),
             native.norm_input_grad(like, norm.x, *vectors, *sums, index),
         )
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [False, True])
+def test_a_relu_output_that_lies_otherwise_than_the_input(last):
+    norm = Norm((2, 6, 4, 3), torch.float64, last, relu=True)
+    vectors = norm.weight, norm.mean, norm.invstd
+    sums = [
+        native.norm_sums(norm.dz, norm.x, *vectors, 1, out)
+        for out in (norm.relu_out, lying(norm.relu_out, not last))
+    ]
+    assert all(map(torch.equal, *sums))
+    got = [
+        native.norm_input_grad(
+            norm.dz, norm.x, *vectors, *sums[0][:2], torch.tensor([1, 4]), out
+        )
+        for out in (norm.relu_out, lying(norm.relu_out, not last))
+    ]
+    assert torch.equal(*got)
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [False, True])
+def test_a_nan_passes_the_gradient_of_a_relu(last):
+    norm = Norm((2, 6, 4, 5), torch.float64, last)
+    out = lying(torch.full_like(norm.x, math.nan), last)
+    expected = torch.ops.aten.threshold_backward(norm.dz, out, 0)
+    assert torch.equal(expected, norm.dz)
+    vectors = norm.weight, norm.mean, norm.invstd
+    assert all(map(
+        torch.equal,
+        native.norm_sums(norm.dz, norm.x, *vectors, 1, out),
+        native.norm_sums(norm.dz, norm.x, *vectors, 1),
+    ))  # fmt: skip
 
 
 @needs_compiler

@@ -25,8 +25,8 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "channel_sums": (_POINTER, *[_INT64] * 3, _INT, _INT, _POINTER, _POINTER, _INT),
-    "norm_sums": (*[_POINTER] * 5, *[_INT64] * 3, _INT, _INT, *[_POINTER] * 3, _INT),
-    "norm_input_grad": (*[_POINTER] * 8, *[_INT64] * 4, _INT, _POINTER, _POINTER, _INT),
+    "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
+    "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
     "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
 }  # fmt: skip
 

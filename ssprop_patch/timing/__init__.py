@@ -1,11 +1,12 @@
 """Milliseconds on this machine, dense and sparse: of single layers and of whole training steps.
 
-turns: measuring several things fairly. calls: what a layer is given in its network. layers, steps:
-what is measured.
+turns: measuring several things fairly. calls: what a layer is given in its network. layers,
+networks, steps: what is measured.
 """
 
 from .._device import device_name, waiter
 from .layers import LayerTime, time_layers
+from .networks import time_networks
 from .steps import MODES, StepTime, joules_per_step, time_steps, training_step
 from .turns import Quantiles, alternate
 
@@ -18,6 +19,7 @@ __all__ = [
     "device_name",
     "joules_per_step",
     "time_layers",
+    "time_networks",
     "time_steps",
     "training_step",
     "waiter",

@@ -92,13 +92,7 @@ def record_calls(
         TypeError: If ``inputs`` are none.
         ValueError: If the model does not run on them.
     """
-    if not isinstance(inputs, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            "inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
-            f"arguments, got {type(inputs).__name__}"
-        )
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    args = (inputs,) if isinstance(inputs, Tensor) else () if kwargs else tuple(inputs)
+    args, kwargs = as_arguments(inputs)
     found: dict[tuple[int, str], tuple[LayerCall, int]] = {}
     latest: list[Any] = [None, None]  # the output of the latest call, and where in found that is
 
@@ -129,7 +123,7 @@ def record_calls(
         for norm in norms:
             vars(norm)["forward"] = _noted(norm, note_norm)
         try:
-            with autocasting(_device(model, inputs), autocast):
+            with autocasting(device_of(model, inputs), autocast):
                 torch.func.functional_call(model, buffers, args, kwargs)
         except Exception as error:
             shapes = [tuple(t.shape) for t in _leaves(inputs) if isinstance(t, Tensor)]
@@ -165,7 +159,23 @@ def autocasting(device: torch.device, dtype: torch.dtype | None) -> Iterator[Non
             yield
 
 
-def _device(model: nn.Module, inputs: Inputs) -> torch.device:
+def as_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments.
+
+    Raises:
+        TypeError: If ``inputs`` are neither a tensor, a tuple nor a dict.
+    """
+    if not isinstance(inputs, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            "inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
+            f"arguments, got {type(inputs).__name__}"
+        )
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    return (inputs,) if isinstance(inputs, Tensor) else () if kwargs else tuple(inputs), kwargs
+
+
+def device_of(model: nn.Module, inputs: Inputs) -> torch.device:
+    """Return the device of the inputs, or of the model where they hold no tensor."""
     tensors = [t for t in _leaves(inputs) if isinstance(t, Tensor)]
     return next((t.device for t in [*tensors, *model.parameters()]), torch.device("cpu"))
 

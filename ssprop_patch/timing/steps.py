@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from .._device import waiter
 from .._validate import check_count, check_drop_rate
 from ..convert import Conversion, apply_conversion, converted, revert
 from ..metering import EnergyCounter
 from ..plan import DEFAULT_TYPES, Types
-from .calls import Inputs, autocasting
+from .calls import Inputs, as_arguments, autocasting, device_of
+from .networks import loss_of
 from .turns import Quantiles, alternate
 
 #: What is timed of a step; ``step`` is all of it, with zero_grad and the optimizer.
@@ -139,19 +139,14 @@ def _sides(
 ) -> Iterator[Mapping[str, Callable[[], list[float]]]]:
     """Yield a training step as it is and a converted one, of the same model."""
     rate = check_drop_rate(drop_rate)
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    args = (inputs,) if isinstance(inputs, Tensor) else () if kwargs else tuple(inputs)
-    device = next(t.device for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+    args, kwargs = as_arguments(inputs)
+    device = device_of(model, inputs)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     def loss() -> Tensor:
         with autocasting(device, autocast):
             out = model(*args, **kwargs)
-        # Whatever a model returns: all of it that can be trained counts.
-        found = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-        if not found:
-            raise ValueError("the model returns nothing that needs a gradient")
-        return sum(t.float().square().mean() for t in found)
+        return loss_of(out)
 
     step = training_step(loss, optimizer, device)
 

@@ -1,0 +1,101 @@
+"""Which layers can get a sparse backward, and why others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .modules import (
+    LAYERS,
+    Patched,
+    base_layer,
+    has_own_forward,
+    is_patched_class,
+    original_class,
+    overrides_forward,
+)
+
+Types = type[nn.Module] | Sequence[type[nn.Module]]
+
+#: What is converted unless other classes are named.
+DEFAULT_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def judge(
+    module: nn.Module, types: tuple[type[nn.Module], ...]
+) -> tuple[Literal["convert", "skip", "refuse"], str]:
+    """Return what a conversion of ``types`` does to a layer, and why."""
+    cls = type(module)
+    if is_wrapped(module):
+        return "refuse", (
+            f"{cls.__name__} was put on after conversion: take it off first (for parametrizations "
+            "torch.nn.utils.parametrize.remove_parametrizations), then convert or revert"
+        )
+    cls = original_class(cls)
+    if issubclass(cls, LazyModuleMixin):
+        return "refuse", "lazy: run one forward first, so that it gets its shape and its class"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "skip", "TorchScript: convert before scripting"
+    base = base_layer(cls)
+    if not isinstance(module, types):
+        if base is None:
+            return "skip", "not a Conv1d, Conv2d or Conv3d: computes its convolution in its own way"
+        kind = "transposed convolution: " if LAYERS[base].transposed else ""
+        return "skip", f"{kind}nn.{base.__name__} is not among types"
+    if getattr(module, "out_features" if base is nn.Linear else "out_channels", None) == 1:
+        return "skip", "one output channel: nothing to choose from"
+    if any(p.is_complex() for p in module.parameters()):
+        return "skip", "complex weights"
+    if issubclass(cls, NonDynamicallyQuantizableLinear):
+        return "skip", "nn.MultiheadAttention reads its weight and never calls it"
+    if overrides_forward(cls) and "forward" in vars(module):
+        return "skip", "its forward is wrapped on the instance: convert before it is wrapped"
+    if not has_own_forward(cls):
+        return "convert", "stock forward"
+    caught = "F.linear" if base is nn.Linear else "F.conv"
+    return "convert", f"own forward: its calls of {caught} are caught"
+
+
+def check_types(types: Types) -> tuple[type[nn.Module], ...]:
+    """Return ``types`` as a tuple.
+
+    Raises:
+        TypeError: If they are not classes of layers.
+        ValueError: If there are none, or one cannot have a sparse backward.
+    """
+    found = (types,) if isinstance(types, type) else tuple(types)
+    for cls in found:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"types must be classes of layers, got {cls!r}")
+        # A layer of another library that computes its convolution with torch's functions may be
+        # named; whether it does shows when it runs, and a warning says so where it does not.
+        if base_layer(cls) is None and "conv" not in cls.__name__.lower():
+            names = ", ".join(f"nn.{base.__name__}" for base in LAYERS)
+            raise ValueError(
+                f"types: {cls.__name__} has no sparse backward; there is one for {names}, their "
+                "subclasses, and other classes of convolutions"
+            )
+    if not found:
+        raise ValueError("types is empty: name at least one class of layers, such as nn.Conv2d")
+    return found
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether something was put on the class of a patched layer or norm."""
+    return isinstance(module, Patched) and not is_patched_class(type(module))
+
+
+def looks_like_convolution(module: nn.Module) -> bool:
+    """Whether a layer computes a convolution, so that a plan says what becomes of it."""
+    if isinstance(module, _ConvNd):
+        return True
+    # Layers of other libraries that hold a weight and say what they are.
+    name = getattr(module, "original_name", type(module).__name__)
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return "conv" in name.lower() and weight is not None and weight.dim() > 1
