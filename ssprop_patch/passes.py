@@ -136,20 +136,16 @@ class NormSums(NamedTuple):
 
 def may_split_norm(device_type: str, order: int) -> bool:
     """Whether :func:`can_split_norm` may hold for tensors on a device, before there are any."""
-    if device_type == "cpu":
-        return order == 2 or native.may_be_available()
-    return device_type == "cuda" and order == 2 and _TRITON and _triton_kernels() is not None
+    return may_split_relu(device_type) or (device_type == "cpu" and order == 2)
 
 
 def can_split_norm(t: Tensor, order: int) -> bool:
-    """Whether batch norm's backward may be done in the two passes below.
+    """Whether batch norm's backward may be done in the passes below.
 
-    On CUDA only with the Triton kernels: with torch's own operations it would read more, not less.
-    So it would for the sum of ``|dy|`` (``order`` 1), which does not follow from sums of dz.
+    With torch's own operations only on the CPU and for the sum of squares: on CUDA they would read
+    more, not less, and the sum of ``|dy|`` does not follow from sums of dz.
     """
-    if t.device.type == "cpu":
-        return order == 2 or native.is_available(t)
-    return order == 2 and _kernels(t) is not None
+    return can_split_relu(t) or (t.device.type == "cpu" and order == 2)
 
 
 def may_split_relu(device_type: str) -> bool:
@@ -192,7 +188,11 @@ def norm_sums(
         dz, dz_xhat, dy = native.norm_sums(dz, x, weight, mean, invstd, order, relu_out)
         return NormSums(dz, dz_xhat, dy=dy)
     if kernels is not None and kernels.is_available(dz):
-        return NormSums(*kernels.norm_sums(dz, x, mean, invstd, relu_out))
+        sums = NormSums(*kernels.norm_sums(dz, x, mean, invstd, relu_out))
+        if order == 2:
+            return sums
+        dy = kernels.norm_grad_sums(dz, x, mean, invstd, sums.dz, sums.dz_xhat, relu_out)
+        return sums._replace(dy=dy if weight is None else dy * weight.abs())
     dz = relu_backward(dz, relu_out)
     _, dz_xhat, dz = aten.native_batch_norm_backward(
         dz, x, None, None, None, mean, invstd, True, 0.0, [False, True, True]

@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter; with one, on it too, and on larger tensors.
 """
 
+import copy
 import pickle
 import re
 import subprocess
@@ -11,10 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
 
+import oracle
 import pytest
 import torch
+from torch import nn
 
-from ssprop_patch import triton_kernels
+import ssprop_patch as ssp
+from ssprop_patch import norm, passes, relu, triton_kernels
 from ssprop_patch.triton_kernels import layout
 
 triton = pytest.importorskip("triton")
@@ -218,6 +222,23 @@ def test_norm_sums(run, shape, memory_format, relu, dtype):
     assert_sums(sum_dz_xhat, weight_grad, (passed.double() * xhat).to(dtype))
 
 
+@over_shapes_and_dtypes
+@over_layouts
+@pytest.mark.parametrize("relu", [False, True])
+def test_norm_grad_sums(run, shape, memory_format, relu, dtype):
+    (dz, y, mean, invstd, relu_out), passed = norm_case(run, shape, dtype, memory_format, relu)
+    dy, sum_dz_xhat, sum_dz = (
+        g.to(run.device) for g in by_torch(passed, y, None, mean, invstd)
+    )
+    sums = sum_dz.to(mean.dtype), sum_dz_xhat.to(mean.dtype)
+    got = run(triton_kernels.norm_grad_sums, dz, y, mean, invstd, *sums, relu_out)
+    assert got.dtype == accumulator(dtype) and got.shape == shape[1:2]
+    # Of what each element is computed of, however much of it cancels.
+    unit = 1e-13 if dtype == torch.float64 else 4e-6
+    size = invstd.double() * per_channel(dz.double().abs() + 1)
+    assert ((got.double() - per_channel(dy.abs())).abs() <= unit * size).all()
+
+
 @everywhere
 def test_a_gradient_that_lies_otherwise_than_the_input(run):
     (dz, y, mean, invstd, _), passed = norm_case(
@@ -308,6 +329,7 @@ def calls(run, shape, dtype, memory_format):
     return [
         (triton_kernels.channel_sums, (dz, 1)),
         (triton_kernels.norm_sums, arguments),
+        (triton_kernels.norm_grad_sums, (dz, y, mean, invstd, mean, invstd, relu_out)),
         (triton_kernels.take_channels, (dz, index)),
         (
             triton_kernels.norm_input_grad,
@@ -392,7 +414,7 @@ def test_a_cuda_graph_replays_them(memory_format):
 def test_empty_tensors(run, shape):
     for function, arguments in calls(run, shape, torch.bfloat16, "contiguous"):
         got = run(function, *arguments)
-        if function in (triton_kernels.channel_sums, triton_kernels.norm_sums):
+        if function.__name__.endswith("sums"):
             for sums in (got,) if torch.is_tensor(got) else got:
                 assert torch.equal(sums.cpu(), torch.zeros(shape[1]))
         else:
@@ -404,6 +426,59 @@ def test_no_channel_chosen(run):
     t = tensor(run, (2, 3, 4), torch.float32)
     none = torch.empty(0, dtype=torch.int64, device=run.device)
     assert run(triton_kernels.take_channels, t, none).shape == (2, 0, 4)
+
+
+# --- in a network -------------------------------------------------------------------------------
+
+
+def noted(function, calls):
+    def call(*args):
+        calls.append(function.__name__)
+        return function(*args)
+
+    return call
+
+
+def train_with_them(device, selection, memory_format):
+    """Return the gradients of a network whose passes they do, and of the oracle; their calls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16, affine=False), nn.ReLU(),
+        nn.Conv2d(16, 5, 1),
+    ).double().to(device, memory_format=memory_format)  # fmt: skip
+    nn.init.uniform_(model[1].weight, -2, 2)
+    x = torch.randn(4, 3, 9, 9, dtype=torch.double, device=device)
+    x = x.contiguous(memory_format=memory_format)
+    dense = copy.deepcopy(model)
+    with oracle.network(dense, 0.6, order={"l1": 1, "l2": 2}[selection]) as record:
+        dense(x).square().sum().backward()
+    assert record.dropped
+    ssp.convert(model, 0.6, selection=selection)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm, "_MIN_ELEMENTS", 0)
+        patch.setattr(relu, "_MIN_ELEMENTS", 0)
+        patch.setattr(passes, "_kernels", lambda t: triton_kernels)
+        patch.setattr(triton_kernels, "is_available", lambda t: True)
+        for name in ("channel_sums", "take_channels", "norm_grad_sums", "norm_input_grad"):
+            patch.setattr(triton_kernels, name, noted(getattr(triton_kernels, name), calls))
+        model(x).square().sum().backward()
+    grads = [[p.grad.cpu() for p in m.parameters()] for m in (model, dense)]
+    return *grads, calls
+
+
+@everywhere
+@pytest.mark.parametrize("selection", ["l1", "l2"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_network_trains_with_them(run, selection, memory_format):
+    got, expected, calls = run(train_with_them, run.device, selection, memory_format)
+    largest = max(g.abs().max() for g in expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * largest.item())
+    assert calls.count("norm_input_grad") == 2  # both norms have theirs formed in part
+    assert calls.count("norm_grad_sums") == (2 if selection == "l1" else 0)
+    assert calls.count("channel_sums") == 1  # of the last layer, which has no norm
 
 
 # --- what they refuse, and who is asked first -------------------------------------------------
@@ -532,7 +607,7 @@ def test_they_compile_and_read_as_much_at_once_as_the_sizes_allow(
     arguments = calls(Interpreter(None), shape, torch.bfloat16, memory_format)
     for function, given in arguments:
         function(*given)
-    assert len(compiler.code) == 4
+    assert len(compiler.code) == 5
     for name, code in compiler.code.items():
         gathers = memory_format == "channels_last" and name in ("take_channels", "norm_input_grad")
         wide = re.findall(rf"ld\.global\S*\.v{width}\.b32", code["ptx"])

@@ -1,7 +1,7 @@
 """Triton kernels for the passes of a sparse backward that are bound by memory, not by arithmetic.
 
 Each reads its tensors once: the sums by which channels are chosen, the copy of the chosen ones,
-and the two passes of a batch norm's backward. They take contiguous and channels_last tensors of
+and the passes of a batch norm's backward. They take contiguous and channels_last tensors of
 bfloat16, float16, float32 and float64, accumulate in float32 (float64 for float64), give the same
 bits in every run (partial sums in a buffer, no atomics) and never wait for the device. A first
 call for dtypes and sizes of a new kind compiles; after it, calls can be captured in a CUDA graph.
@@ -25,9 +25,16 @@ import torch
 from torch import Tensor
 
 from .layout import DTYPES, layout_of
-from .passes import channel_sums, norm_input_grad, norm_sums, take_channels
+from .passes import channel_sums, norm_grad_sums, norm_input_grad, norm_sums, take_channels
 
-__all__ = ["channel_sums", "is_available", "norm_input_grad", "norm_sums", "take_channels"]
+__all__ = [
+    "channel_sums",
+    "is_available",
+    "norm_grad_sums",
+    "norm_input_grad",
+    "norm_sums",
+    "take_channels",
+]
 
 
 def is_available(t: Tensor) -> bool:

@@ -166,6 +166,58 @@ def norm_sums(
     tl.store(row + 2 * rows * channels, tl.sum(total_2, AXIS), mask=mask)
 
 
+@triton.jit(do_not_specialize=["channels", "positions", "blocks", "tiles", "count"])
+def norm_grad_sums(
+    dz,
+    relu_out,
+    y,
+    mean,
+    invstd,
+    sum_dz,
+    sum_dz_xhat,
+    partial,
+    channels,
+    positions,
+    blocks,
+    tiles,
+    count,
+    DIVISOR: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Store the sums of ``|dy|`` as :func:`channel_sums` does, of a norm without weight."""
+    ACC: tl.constexpr = partial.dtype.element_ty
+    AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
+    if CHANNELS_LAST:
+        channels = channels // DIVISOR * DIVISOR
+    else:
+        positions = positions // DIVISOR * DIVISOR
+    c = _channels(BLOCK_C, CHANNELS_LAST)
+    s = _positions(BLOCK_S, CHANNELS_LAST)
+    in_tile = _in_tile(c, s, channels, positions, CHANNELS_LAST, WIDE)
+    n = count.to(ACC)
+    real = c < channels
+    scale = tl.load(invstd + c, mask=real, other=0.0).to(ACC)
+    center = tl.load(mean + c, mask=real, other=0.0).to(ACC)
+    shift = tl.load(sum_dz + c, mask=real, other=0.0).to(ACC) / n
+    slope = tl.load(sum_dz_xhat + c, mask=real, other=0.0).to(ACC) / n * scale
+    total = tl.zeros([BLOCK_S, BLOCK_C] if CHANNELS_LAST else [BLOCK_C, BLOCK_S], ACC)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        offsets = _start(tile, blocks, channels, positions, BLOCK_S, CHANNELS_LAST) + in_tile
+        mask = real & (s < _left(tile, blocks, positions, BLOCK_S))
+        gradient = _load_gradient(dz, relu_out, offsets, mask, ACC)
+        centered = tl.load(y + offsets, mask=mask, other=0.0).to(ACC) - center
+        # Outside of the tensor the loads give zeros, of which this is not zero.
+        total += tl.where(mask, tl.abs(gradient - shift - centered * slope), 0.0)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < channels
+    scale = tl.load(invstd + c, mask=mask, other=0.0).to(ACC)
+    row = partial + tl.program_id(1) * channels + c
+    tl.store(row, tl.sum(total, AXIS) * scale, mask=mask)
+
+
 # That kept is a multiple of 16 is not to be known: in channels_last, stores of several channels a
 # thread would spread the reads of a warp, of which there are more, over many times the cache lines.
 @triton.jit(do_not_specialize=["channels", "kept", "positions", "blocks", "tiles"])

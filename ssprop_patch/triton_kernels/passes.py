@@ -121,6 +121,48 @@ def norm_sums(
         return tuple(partial.sum(1).unbind())
 
 
+def norm_grad_sums(
+    dz: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    relu_out: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of ``|dy|`` of each channel, dy that of :func:`norm_input_grad` of weight 1.
+
+    Args:
+        dz, y, mean, invstd, relu_out: As for :func:`norm_sums`.
+        sum_dz, sum_dz_xhat: (C,), from :func:`norm_sums`.
+
+    Returns:
+        (C,), float32, or float64 for float64.
+
+    Raises:
+        ValueError: If ``y`` is of another dtype or layout, or the shapes do not fit.
+    """
+    layout = checked_layout(y, "y")
+    dz, relu_out = lying_like(dz, y, "dz"), lying_like(relu_out, y, "relu_out")
+    vectors = {"mean": mean, "invstd": invstd, "sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat}
+    check_vectors(layout.channels, **vectors)
+    dtype = accumulation_dtype(dz, y)
+    if y.numel() == 0:
+        return y.new_zeros(layout.channels, dtype=dtype)
+    tiling = tiling_of(layout, layout.channels, _NORM_SUMS_TILE)
+    splits = tiling.splits(y.device, _SUMS_PROGRAMS)
+    partial = y.new_empty((splits, layout.channels), dtype=dtype)
+    from . import kernels
+
+    with torch.cuda.device_of(y):
+        kernels.norm_grad_sums[tiling.blocks_c, splits](
+            dz, relu_out, y, *(v.contiguous() for v in vectors.values()), partial,
+            layout.channels, layout.positions, tiling.blocks_s, tiling.tiles,
+            layout.batches * layout.positions, **tiling.constants,
+        )  # fmt: skip
+        return partial.sum(0)
+
+
 def norm_input_grad(
     dz: Tensor,
     y: Tensor,
