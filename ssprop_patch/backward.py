@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from . import kernels
 from .kept import ConvParams, Grads, Kept, Mask, dense_backward
+from .passes import put_rows
 from .selection import ScoreFn, select_channels, selectable_channels
 
 
@@ -119,6 +119,6 @@ def linear_backward(
     dw = rows.t() @ x.reshape(-1, x.shape[-1]) if need_w else None
     db = rows.sum(0) if need_b else None
     if index is not None:
-        dw = torch.zeros_like(w).index_copy_(0, index, dw) if need_w else None
+        dw = put_rows(dw, index, w) if need_w else None
         db = _scatter_rows(db, w.shape[0], index) if need_b else None
     return dx, dw, db

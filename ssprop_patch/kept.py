@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .deferred import NormGradient
-from .passes import put_channels, take_channels
+from .passes import put_channels, put_rows, take_channels
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -150,4 +150,4 @@ class Kept:
         if dw is None:
             return None
         dim, index = self.weight_rows
-        return torch.zeros_like(self.whole_w).index_copy_(dim, index, dw)
+        return put_rows(dw, index, self.whole_w, dim)

@@ -29,6 +29,9 @@ _TRITON = os.environ.get("SSPROP_PATCH_TRITON") == "1"
 # memory is used again instead of being mapped anew. Timed from 2**16 to 2**19 and unlimited.
 _CHUNK = 2**19
 
+# Of fewer elements zeros and a copy take less time than what stands around a C function.
+_LARGE_WEIGHT = 2**16
+
 
 def channel_sum(t: Tensor, order: int) -> Tensor:
     """Return the sum of ``|t|`` (``order`` 1) or of ``t ** 2`` (2) over each channel.
@@ -110,6 +113,16 @@ def put_channels(t: Tensor, index: Tensor, like: Tensor) -> Tensor:
     rows = t.movedim(1, -1).reshape(-1, t.shape[1])
     out.movedim(1, -1).view(-1, like.shape[1]).scatter_(1, index.expand(rows.shape[0], -1), rows)
     return out
+
+
+def put_rows(rows: Tensor, index: Tensor, like: Tensor, dim: int = 0) -> Tensor:
+    """Return zeros like ``like``, with ``rows`` in the places ``index``, ascending, of ``dim``."""
+    large = dim == 0 and like.numel() >= _LARGE_WEIGHT
+    if large and _kernels(rows) is native and _kernels(like) is native:
+        out = native.put_rows(rows, index, like)
+        if out is not None:
+            return out
+    return torch.zeros_like(like).index_copy_(dim, index, rows)
 
 
 def is_channels_last(t: Tensor) -> bool:

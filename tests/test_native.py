@@ -82,6 +82,33 @@ def test_take_channels(shape, last, dtype, threads):
     assert taken.stride() == lying(taken, last and t.dim() > 2).stride()
 
 
+@each_case([(5, 3, 3, 3), (16, 40), (7, 1, 1, 1), (9, 2, 2, 3, 4)])
+@pytest.mark.parametrize("places", [[], [0], [1, 2], "last", "all"], ids=str)
+def test_put_rows(shape, last, dtype, places, threads):
+    like = random(shape, dtype, last)
+    n = shape[0]
+    places = {"last": [n - 1], "all": list(range(n))}.get(str(places), places)
+    index = torch.tensor(places, dtype=torch.int64)
+    rows = lying(random((len(places), *shape[1:]), dtype, False, 2), last)
+    out = native.put_rows(rows, index, like)
+    if 1 in shape and out is None:  # of sizes of 1 the strides may differ
+        assert rows.stride() != like.stride()
+        return
+    assert torch.equal(out, torch.zeros_like(like).index_copy_(0, index, rows))
+    assert out.stride() == like.stride()
+
+
+@needs_compiler
+def test_rows_that_lie_otherwise_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(passes, "_LARGE_WEIGHT", 0)
+    like, index = torch.randn(5, 4, 3, 3), torch.tensor([0, 3])
+    rows = lying(torch.randn(2, 4, 3, 3), True)
+    assert native.put_rows(rows, index, like) is None
+    assert native.put_rows(rows.double(), index, lying(like, True)) is None
+    out = passes.put_rows(rows, index, like)
+    assert torch.equal(out[index], rows) and out.stride() == like.stride()
+
+
 class Norm:
     """One batch norm in training mode, a ReLU behind it or not: its backward by autograd."""
 

@@ -24,6 +24,7 @@ __all__ = [
     "may_be_available",
     "norm_input_grad",
     "norm_sums",
+    "put_rows",
     "take_channels",
 ]
 
@@ -171,6 +172,28 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
     _library(t).take_channels(
         t.data_ptr(), index.data_ptr(), k, n * s, c, out.data_ptr(), _threads(t)
     )
+    return out
+
+
+def put_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor | None:
+    """Return zeros like ``like``, with ``rows`` in the places ``index`` of dim 0.
+
+    Args:
+        rows: (k, *), lying in memory as ``like`` does.
+        index: (k,), ascending; not checked.
+        like: (C, *).
+
+    Returns:
+        A tensor as ``torch.zeros_like`` makes it; None where ``rows`` lie otherwise.
+    """
+    size = math.prod(like.shape[1:])
+    if rows.dtype is not like.dtype or rows.stride() != like.stride() or rows.stride(0) != size:
+        return None
+    out, index = torch.empty_like(like), index.contiguous()
+    _library(like).put_rows(
+        rows.data_ptr(), index.data_ptr(), rows.shape[0], like.shape[0], size, out.data_ptr(),
+        _threads(like),
+    )  # fmt: skip
     return out
 
 

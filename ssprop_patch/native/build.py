@@ -28,6 +28,7 @@ _SIGNATURES = {
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
     "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
+    "put_rows": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@
    number, by -DT=float and -DT=double. */
 
 #include <stdint.h>
+#include <string.h>
 
 /* So many numbers are summed in their own type before they are added to a double. */
 #define BLOCK 2048
@@ -312,4 +313,22 @@ void take_channels(
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < k; j++)
             out[i * k + j] = t[i * c + index[j]];
+}
+
+/* --- put_rows: zeros, with `rows` in the places `index`, ascending --------------------------- */
+
+void put_rows(
+    const T *rows, const int64_t *index, int64_t k, int64_t c, int64_t size, T *out, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int th = 0; th < threads; th++) {
+        int64_t from = c * th / threads, to = c * (th + 1) / threads, j = 0;
+        while (j < k && index[j] < from)
+            j++;
+        for (int64_t i = from; i < to; i++)
+            if (j < k && index[j] == i)
+                memcpy(out + i * size, rows + j++ * size, size * sizeof(T));
+            else
+                memset(out + i * size, 0, size * sizeof(T));
+    }
 }
