@@ -5,8 +5,8 @@ python benchmarks/bench_step.py --network vit_tiny_patch16_224:8:224 --types lin
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
-the converted one at rate 0 (what conversion itself costs), ``plan`` the one with only those layers
-converted that a measured plan says pay (--measured-plan). They take turns, in random order within
+the converted one at rate 0 (what conversion itself costs), ``plan`` the one with those layers
+converted that a measured plan chooses (--measured-plan), of a compiled network measured compiled. They take turns, in random order within
 each iteration, so that neither a drift of the machine nor what ran before favours one. A step is
 zero_grad, forward, loss, backward, SGD.
 """
@@ -87,6 +87,7 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
         sides[side] = make_sparse(dense, rate, args)
     if args.measured_plan:
         sides["plan"] = make_sparse(dense, args.drop_rate, args, measured_on=x)
+    torch._dynamo.reset()  # what a plan compiled: there is a limit to the graphs of one network
     # What the convolutions' FLOPs alone would allow, were all else free.
     left = {side: flops_left(model, shape, args) for side, model in sides.items()}
     if args.compile:
@@ -111,14 +112,14 @@ def make_sparse(
 ) -> nn.Module:
     """Return a converted copy of ``dense``.
 
-    With ``measured_on``, an input, only those layers are converted that pay on it, maybe none.
+    With ``measured_on``, an input, those layers that a plan measured on it chooses, maybe none.
     """
     model = copy.deepcopy(dense)
     pays: FilterFn | None = None
     if measured_on is not None:
         with torch.autocast(measured_on.device.type, torch.bfloat16, enabled=args.amp):
             pays = ssp.plan(
-                model, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
+                torch.compile(model) if args.compile else model, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
                 align=args.align,
             ).pays
     heads = model.get_classifier()
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
     parser.add_argument("--measured-plan", action="store_true",
-                        help="add the side plan: only layers that pay here")  # fmt: skip
+                        help="add the side plan: the layers that a plan chooses")  # fmt: skip
     parser.add_argument("--measured-kernels", action="store_true",
                         help="ssp.kernels.benchmark: the first step chooses kernels")  # fmt: skip
     parser.add_argument("--iterations", type=count, default=15, help="steps of each side")
