@@ -6,9 +6,9 @@ python benchmarks/bench_step.py --device cuda --amp --channels-last --network re
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
 the converted one at rate 0 (what conversion itself costs), ``plan`` the one with those layers
-converted that a measured plan chooses (--measured-plan), of a compiled network measured compiled. They take turns, in random order within
-each iteration, so that neither a drift of the machine nor what ran before favours one. A step is
-zero_grad, forward, loss, backward, SGD.
+converted that a measured plan chooses (--measured-plan; of a compiled network it is measured
+compiled). They take turns, in random order within each iteration, so that neither a drift of the
+machine nor what ran before favours one. A step is zero_grad, forward, loss, backward, SGD.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import timm
 import torch
@@ -117,9 +121,10 @@ def make_sparse(
     model = copy.deepcopy(dense)
     pays: FilterFn | None = None
     if measured_on is not None:
+        as_timed = torch.compile(model) if args.compile else model
         with torch.autocast(measured_on.device.type, torch.bfloat16, enabled=args.amp):
             pays = ssp.plan(
-                torch.compile(model) if args.compile else model, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
+                as_timed, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
                 align=args.align,
             ).pays
     heads = model.get_classifier()
@@ -157,14 +162,26 @@ def make_step(model: nn.Module, x: Tensor, y: Tensor, amp: bool) -> Callable[[],
 
 
 def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.device) -> float | None:
-    """Return the MiB that a step takes on top of what is there before; None without CUDA."""
-    if device.type != "cuda":
-        return None
+    """Return the MiB that a step takes on top of what is there before; None but on CPU and CUDA.
+
+    Of torch's own memory: what libraries take for themselves (oneDNN, cuDNN) is not in it.
+    """
     model.zero_grad(set_to_none=True)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if device.type != "cpu":
+        return None
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    # One event for each allocation, and with a negative size for each release.
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0)) / 2**20
 
 
 def _types(args: argparse.Namespace) -> tuple[type[nn.Module], ...]:

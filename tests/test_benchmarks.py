@@ -704,7 +704,7 @@ def test_layers_in_other_dtypes(option, dtype, tmp_path, monkeypatch):
 
 def step_options(**given: object) -> SimpleNamespace:
     return SimpleNamespace(**{"drop_rate": 0.8, "selection": "l1", "types": [], "amp": False,
-                              "skip_grouped": False, "align": 1} | given)  # fmt: skip
+                              "skip_grouped": False, "align": 1, "compile": False} | given)  # fmt: skip
 
 
 def sparse_layers(model: nn.Module) -> set[str]:
@@ -755,6 +755,20 @@ def test_measured_plan_says_which_layers_become_sparse(tmp_path, monkeypatch):
     assert bench_step.flops_left(none, x.shape, args) == 1.0
 
 
+def test_the_plan_of_a_compiled_network_is_measured_compiled(monkeypatch):
+    asked = []
+
+    def plan(model, **kwargs):
+        asked.append(isinstance(model, torch._dynamo.OptimizedModule))
+        return SimpleNamespace(pays=lambda *_: True)
+
+    monkeypatch.setattr(ssp, "plan", plan)
+    net, x = timm.create_model("test_resnet"), torch.zeros(2, 3, 32, 32)
+    for compiled in (True, False):
+        bench_step.make_sparse(net, 0.8, step_options(compile=compiled), measured_on=x)
+    assert asked == [True, False]
+
+
 def test_networks_are_timed_and_written(tmp_path, capsys, monkeypatch):
     file = tmp_path / "times.csv"
     monkeypatch.setattr(ssp.kernels, "benchmark", False)
@@ -770,7 +784,8 @@ def test_networks_are_timed_and_written(tmp_path, capsys, monkeypatch):
         assert name in out and row.selection == "l2"
         assert row.options == "types=linear kernels=measured"
         assert row.shape == ("2x3x32x32" if name == "test_resnet" else "1x3x160x160")
-        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms and row.peak_memory_mib is None
+        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert (row.peak_memory_mib is not None) is (mode == "step")
         dense = {m: found[name, "dense", m].p50_ms for m in ("forward", "backward", "step")}
         assert row.share_of_dense == pytest.approx(row.p50_ms / dense[mode], abs=1e-3)
         if mode == "backward" and side == "sparse":
@@ -810,7 +825,22 @@ def test_peak_memory_is_on_top_of_what_was_there(monkeypatch):
         torch.cuda, "reset_peak_memory_stats", lambda _: state.update(peak=state["now"])
     )
     assert bench_step.peak_memory(step, model, device) == 150
-    assert bench_step.peak_memory(step, model, torch.device("cpu")) is None
+    assert bench_step.peak_memory(step, model, torch.device("meta")) is None
+
+
+def test_peak_memory_on_the_cpu():
+    model = nn.Linear(2, 2)
+    before = torch.ones(2**20)  # does not count
+
+    def step() -> None:
+        first = before * 2  # 4 MiB
+        second = first + 1
+        del first
+        third = second + 1
+        del second, third
+
+    found = bench_step.peak_memory(step, model, torch.device("cpu"))
+    assert found == pytest.approx(8, abs=0.01)
 
 
 # --- the picture of them -----------------------------------------------------------------------
