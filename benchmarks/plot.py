@@ -114,7 +114,7 @@ def _mark(axes: Axes, row: Row, y: float) -> None:
 
 
 def _legend(points: Sequence[Point]) -> list[Line2D]:
-    sides: Mapping[str, str] = {"sparse": "", "plan": ", only layers that pay"}
+    sides: Mapping[str, str] = {"sparse": "", "plan": ", layers of a plan"}
     handles = [
         Line2D([], [], color=_COLOURS[p.mode], marker=_MARKERS[p.side], markersize=4.5,
                linestyle="none", label=_LABELS[p.mode] + sides[p.side])

@@ -111,9 +111,9 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
     depthwise = p.groups > 1 and p.groups == p.out_channels(w)
     if p.transposed:
         return _GATHER if p.groups == 1 or depthwise else _MASK
+    if p.groups > 1 and cpu:
+        return _grouped(x, w, p, depthwise, last)
     if p.groups > 1:
-        if cpu and x.dim() == 4:
-            return _grouped(x, w, p, depthwise, last)
         return _GATHER if depthwise and not last else _MASK
     pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
     return _pointwise(x, w, p, k, last) if pointwise and cpu else _GATHER
@@ -125,17 +125,19 @@ _AVX2_BLOCK = 8
 
 
 def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -> Ways:
-    """As :func:`by_rule`, of a grouped 2d convolution on a CPU: in which format, and is it smaller?
+    """As :func:`by_rule`, of a grouped convolution on a CPU: in which format, and is it smaller?
 
     The kernels for some channels of each group are slow but in channels_last.
     """
-    if last:
-        return _MASK if _AVX512 and not depthwise and max(p.stride) > 1 else _GATHER
+    if depthwise and last:
+        return _GATHER
     if depthwise:
         return _through_nhwc(x, w, p) if _AVX512 or max(w.shape[2:]) > 3 else _GATHER
     if _AVX512:
         return _through_nhwc(x, w, p) if max(p.stride) == 1 else _MASK
-    if w.shape[1] == _AVX2_BLOCK:
+    if last and x.dim() == 4:
+        return _GATHER
+    if x.dim() != 4 or w.shape[1] == _AVX2_BLOCK:
         return _MASK
     nhwc = _through_nhwc(x, w, p)
     return nhwc._replace(dx="forward") if "forward" in possible(x, w, p)[0] else nhwc

@@ -153,17 +153,7 @@ class Plan:
 
     def __str__(self) -> str:
         if self.measured:
-            head = (
-                "name",
-                "input",
-                "weight",
-                "dense ms",
-                "sparse ms",
-                "share",
-                "kernel",
-                "pays alone",
-            )
-            cells = [head, *(line for row in self.rows for line in _measured_lines(row))]
+            cells = [_HEAD, *(line for row in self.rows for line in _measured_lines(row))]
         else:
             cells = [("name", "class", "action", "why")]
             cells += [(r.name or "(model)", r.cls.__name__, r.action, r.reason) for r in self.rows]
@@ -181,6 +171,9 @@ class Plan:
                 f"convert {self.best.choice}"
             )
         return "\n".join(lines)
+
+
+_HEAD = "name", "input", "weight", "dense ms", "sparse ms", "share", "kernel", "pays alone"
 
 
 def _measured_lines(row: PlanRow) -> list[tuple[str, ...]]:

@@ -200,6 +200,41 @@ def test_compiled_networks_measure_too(measuring):
 
 
 @pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 2), (5, 1)])
+def test_rules_for_one_and_three_dimensions(avx512, dims, groups, kernel, stride, monkeypatch):
+    monkeypatch.setattr(kernels, "_AVX512", avx512)
+    x = torch.empty(4, 8, *[6] * dims)
+    w = torch.empty(8, 8 // groups, *[kernel] * dims)
+    p = ConvParams((stride,) * dims, (kernel // 2,) * dims, (1,) * dims, groups)
+    dx, dw = ways.possible(x, w, p)
+    found = kernels.by_rule(x, w, p, 4)
+    assert found.dx in dx and found.dw in dw
+
+
+@pytest.mark.parametrize(
+    ("weight", "stride", "layout", "way"),
+    [
+        ((16, 1, 3, 3), 1, torch.contiguous_format, "gather"),
+        ((16, 1, 5, 5), 1, torch.contiguous_format, "gather_nhwc"),
+        ((16, 1, 5, 5), 2, torch.channels_last, "gather"),
+        ((16, 4, 3, 3), 1, torch.contiguous_format, "forward/gather_nhwc"),
+        ((16, 4, 3, 3), 2, torch.contiguous_format, "gather_nhwc"),
+        ((16, 8, 3, 3), 1, torch.contiguous_format, "mask"),  # the kernels' own block
+        ((16, 8, 3, 3), 2, torch.channels_last, "gather"),
+    ],
+)
+def test_the_rules_for_grouped_layers_without_avx512(weight, stride, layout, way, monkeypatch):
+    monkeypatch.setattr(kernels, "_AVX512", False)
+    x = torch.empty(4, 16, 10, 10).contiguous(memory_format=layout)
+    w = torch.empty(weight)
+    padding = (weight[-1] // 2,) * 2
+    p = ConvParams((stride,) * 2, padding, (1, 1), 16 // weight[1])
+    assert str(kernels.by_rule(x, w, p, 4)) == way
+
+
+@pytest.mark.parametrize("avx512", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
