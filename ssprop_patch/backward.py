@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .kept import ConvParams, Grads, Kept, Mask, dense_backward
-from .passes import put_rows
+from .passes import put_rows, take_channels
 from .selection import ScoreFn, select_channels, selectable_channels
 
 
@@ -110,8 +110,7 @@ def linear_backward(
         index = select_channels(rows, k, 1, score_fn)
         if record is not None:
             record.selected(index)
-        # gather, not index_select, as in take_channels: the features are the last dimension.
-        rows = rows.gather(1, index.expand(rows.shape[0], -1))
+        rows = take_channels(rows, index)
         w_kept = w.index_select(0, index)
     else:
         index, w_kept = None, w

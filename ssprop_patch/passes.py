@@ -90,13 +90,13 @@ def _sum_of_part(
 def take_channels(t: Tensor, index: Tensor) -> Tensor:
     """Return ``t[:, index]`` in ``t``'s own memory format.
 
-    Along the channels of a channels_last tensor ``gather`` on the (positions, channels) view is
-    several times faster than ``index_select``.
+    Along channels that lie side by side ``gather`` on the (positions, channels) view is several
+    times faster than ``index_select``.
     """
     kernels = _kernels(t)
     if kernels is not None:
         return kernels.take_channels(t, index)
-    if not is_channels_last(t):
+    if t.dim() > 2 and not is_channels_last(t):
         return t.index_select(1, index)
     last = t.movedim(1, -1)
     rows = last.reshape(-1, t.shape[1])

@@ -70,7 +70,7 @@ def channel_sums(t: Tensor, order: int) -> Tensor:
     Returns:
         (C,), of ``t``'s dtype.
     """
-    last, threads = not t.is_contiguous(), _threads(t)
+    last, threads = _is_matrix(t), _threads(t)
     c = t.shape[1]
     out = t.new_empty(c)
     work = _zeros(threads * c) if last else None
@@ -106,7 +106,7 @@ def norm_sums(
     Returns:
         Three of shape (C,), of ``x``'s dtype.
     """
-    last, threads = not x.is_contiguous(), _threads(x)
+    last, threads = _is_matrix(x), _threads(x)
     c = x.shape[1]
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
     weight, mean, invstd = _vectors(x.dtype, weight, mean, invstd)
@@ -152,7 +152,7 @@ def norm_input_grad(
     _library(x).norm_input_grad(
         dz.data_ptr(), relu_out.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(),
         _pointer(weight), sum_dz.data_ptr(), sum_dz_xhat.data_ptr(), index.data_ptr(),
-        k, *_sizes(x), not x.is_contiguous(), relu, out.data_ptr(), lines.data_ptr(), threads,
+        k, *_sizes(x), _is_matrix(x), relu, out.data_ptr(), lines.data_ptr(), threads,
     )  # fmt: skip
     return out
 
@@ -164,7 +164,7 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
         t: (N, C, *spatial), or (rows, C).
         index: (k,), the channels; not checked.
     """
-    if t.is_contiguous():
+    if not _is_matrix(t):
         return t.index_select(1, index)  # copies whole channels: nothing to gain
     n, c, s = _sizes(t)
     k, index = index.shape[0], index.contiguous()
@@ -212,6 +212,11 @@ def _sizes(t: Tensor) -> tuple[int, int, int]:
 
 def _is_last(t: Tensor) -> bool:
     return t.dim() > 2 and t.movedim(1, -1).is_contiguous()
+
+
+def _is_matrix(t: Tensor) -> bool:
+    """Whether the channels lie side by side, as in the rows of a linear layer."""
+    return not t.is_contiguous() or math.prod(t.shape[2:]) == 1
 
 
 def _threads(t: Tensor) -> int:
