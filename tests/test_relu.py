@@ -213,6 +213,20 @@ def test_double_backward():
     assert_same(*grads)
 
 
+def test_batched_gradients_are_a_clear_error():
+    model, x = ssp.convert(Net(), RATE), inputs().requires_grad_()
+    y = model(x)
+    with pytest.raises(RuntimeError, match=r"does not work inside torch\.func.*is_grads_batched"):
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape).double(), is_grads_batched=True)
+
+
+def test_inside_of_a_transform_it_is_torchs_own():
+    model = ssp.convert(Net(inplace=False), RATE)
+    y = model.bn1(model.conv1(inputs()))
+    out = torch.func.vmap(lambda t: model.relu(y) * t)(torch.ones(2, dtype=torch.double))
+    assert torch.equal(out[1], F.relu(y))
+
+
 def test_a_change_in_place_of_its_output_is_an_error_as_ever():
     model = ssp.convert(Net(), RATE)
     y = model.relu(model.bn1(model.conv1(inputs())))

@@ -131,3 +131,9 @@ def test_inputs_that_do_not_fit_are_the_models_error():
         timing.time_layers(net(), torch.randn(2, 4, 6, 6, dtype=torch.float64))
     with pytest.raises(TypeError, match="a tuple of positional"):
         timing.time_layers(net(), [X])
+
+
+def test_a_processors_name_says_which_instructions_torch_uses():
+    name = timing.device_name(torch.device("cpu"))
+    assert name.endswith(f" ({torch.backends.cpu.get_cpu_capability()})")
+    assert not name.startswith(" ")
