@@ -112,6 +112,12 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
     if p.transposed:
         return _GATHER if p.groups == 1 or depthwise else _MASK
     if p.groups > 1 and cpu:
+        # In channels_last a large kernel or a stride of 1 makes up for what the way into the layout
+        # of these functions takes.
+        if (not last or max(p.stride) == 1 or math.prod(w.shape[2:]) > 9) and (
+            "direct" in possible(x, w, p)[0]
+        ):
+            return _DIRECT
         return _grouped(x, w, p, depthwise, last)
     if p.groups > 1:
         return _GATHER if depthwise and not last else _MASK
@@ -119,7 +125,7 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
     return _pointwise(x, w, p, k, last) if pointwise and cpu else _GATHER
 
 
-_GATHER, _MATMUL, _MASK = Ways("gather", "gather"), Ways("matmul", "matmul"), Ways("mask", "mask")
+_GATHER, _MATMUL, _MASK, _DIRECT = (Ways(n, n) for n in ("gather", "matmul", "mask", "direct"))
 # The AVX2 kernels for grouped convolutions of contiguous tensors take blocks of so many channels.
 _AVX2_BLOCK = 8
 

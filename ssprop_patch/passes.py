@@ -118,7 +118,7 @@ def put_channels(t: Tensor, index: Tensor, like: Tensor) -> Tensor:
 def put_rows(rows: Tensor, index: Tensor, like: Tensor, dim: int = 0) -> Tensor:
     """Return zeros like ``like``, with ``rows`` in the places ``index``, ascending, of ``dim``."""
     large = dim == 0 and like.numel() >= _LARGE_WEIGHT
-    if large and _kernels(rows) is native and _kernels(like) is native:
+    if large and are_for_c(rows, like):
         out = native.put_rows(rows, index, like)
         if out is not None:
             return out
@@ -256,6 +256,11 @@ def norm_input_grad(
 def relu_backward(dz: Tensor, relu_out: Tensor | None) -> Tensor:
     """Return the gradient of a ReLU's input; ``dz`` where there is no ReLU."""
     return dz if relu_out is None else aten.threshold_backward(dz, relu_out, 0)
+
+
+def are_for_c(*tensors: Tensor) -> bool:
+    """Whether the functions of :mod:`ssprop_patch.native` can take all of them."""
+    return all(_kernels(t) is native for t in tensors)
 
 
 def _kernels(t: Tensor) -> ModuleType | None:

@@ -6,6 +6,7 @@ A way is a name and a function from :class:`~ssprop_patch.kept.Kept` to dX or to
 - ``forward``: dX as an ordinary convolution of dy with the weight turned around.
 - ``matmul``: a 1x1 convolution as a matrix product.
 - ``mask``: the dense kernel on a dy whose dropped channels are zero.
+- ``direct``: functions of our own for grouped convolutions (:mod:`ssprop_patch.native.grouped`).
 
 ``gather``, ``forward`` and ``mask`` exist with ``_nhwc``, too: through copies in channels_last, for
 contiguous tensors on a CPU whose kernels are much faster in that format.
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .kept import ConvParams, Grads, Kept, Mask, dense_backward
-from .passes import is_channels_last
+from .native.grouped import grouped_dw, grouped_dx, is_supported
+from .passes import are_for_c, is_channels_last
 
 _convolution = torch.ops.aten.convolution.default
 
@@ -144,6 +146,27 @@ def _read(kept: Kept) -> tuple[slice, ...]:
     return (slice(None), slice(None), *(slice(None, None, s) for s in kept.p.stride))
 
 
+# --- direct -------------------------------------------------------------------------------------
+
+
+def direct_dx(kept: Kept) -> Tensor:
+    """Return dX of a grouped convolution by a C function."""
+    if not _can_be_direct(kept.whole_x, kept.whole_w):  # loaded, or chosen for a first derivative
+        return gather(kept, _DX)[0]
+    return grouped_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, *kept.p[:4])
+
+
+def direct_dw(kept: Kept) -> Tensor:
+    """As :func:`direct_dx`, dW."""
+    if not _can_be_direct(kept.whole_x, kept.whole_w):
+        return gather(kept, _DW)[1]
+    return grouped_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, *kept.p[:4])
+
+
+def _can_be_direct(x: Tensor, w: Tensor) -> bool:
+    return are_for_c(x, w) and is_supported(x, w)
+
+
 # --- which there are ----------------------------------------------------------------------------
 
 #: Ways that compute all gradients in one call.
@@ -158,10 +181,12 @@ DX: dict[str, Callable[[Kept], Tensor]] = {
     "forward": forward_dx,
     "forward_nhwc": forward_dx_nhwc,
     "matmul": matmul_dx,
+    "direct": direct_dx,
 }
 DW: dict[str, Callable[[Kept], Tensor]] = {
     **{name: lambda kept, way=way: way(kept, _DW)[1] for name, way in TOGETHER.items()},
     "matmul": matmul_dw,
+    "direct": direct_dw,
 }
 
 
@@ -207,4 +232,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if several and x.device.type == "cpu" and not is_channels_last(x):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
+    if p.groups > 1 and _can_be_direct(x, w):
+        dx.append("direct")
+        dw.append("direct")
     return dx, dw

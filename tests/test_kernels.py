@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch import functional, kernels, ways
+from ssprop_patch import functional, kernels, native, ways
 from ssprop_patch.kept import ConvParams
 
 
@@ -227,11 +227,33 @@ def test_rules_for_one_and_three_dimensions(avx512, dims, groups, kernel, stride
 )
 def test_the_rules_for_grouped_layers_without_avx512(weight, stride, layout, way, monkeypatch):
     monkeypatch.setattr(kernels, "_AVX512", False)
+    monkeypatch.setattr(native, "is_available", lambda t: False)
     x = torch.empty(4, 16, 10, 10).contiguous(memory_format=layout)
     w = torch.empty(weight)
     padding = (weight[-1] // 2,) * 2
     p = ConvParams((stride,) * 2, padding, (1, 1), 16 // weight[1])
     assert str(kernels.by_rule(x, w, p, 4)) == way
+
+
+@pytest.mark.skipif(native.build.library("float") is None, reason="there is no C compiler")
+@pytest.mark.parametrize(
+    ("kernel", "stride", "layout", "way"),
+    [
+        (3, 1, torch.contiguous_format, "direct"),
+        (3, 2, torch.contiguous_format, "direct"),
+        (3, 1, torch.channels_last, "direct"),
+        (3, 2, torch.channels_last, "gather"),
+        (5, 2, torch.channels_last, "direct"),
+    ],
+)
+def test_the_rules_for_grouped_layers_with_c_functions(kernel, stride, layout, way, monkeypatch):
+    monkeypatch.setattr(kernels, "_AVX512", False)
+    x, w = torch.empty(4, 16, 10, 10).contiguous(memory_format=layout), torch.empty(16, 1, 5, 5)
+    w = w[..., :kernel, :kernel].contiguous()
+    p = ConvParams((stride,) * 2, (kernel // 2,) * 2, (1, 1), 16)
+    assert str(kernels.by_rule(x, w, p, 4)) == way
+    w.requires_grad_()  # a derivative of this backward is asked for
+    assert str(kernels.by_rule(x, w, p, 4)) != "direct"
 
 
 @pytest.mark.parametrize("avx512", [True, False])

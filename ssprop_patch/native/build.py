@@ -1,4 +1,4 @@
-"""Compiles ``passes.c`` where it runs, as torch.compile does with what it generates.
+"""Compiles the C functions where they run, as torch.compile does with what it generates.
 
 The processor of the machine decides which instructions are used, so nothing is shipped compiled.
 """
@@ -16,25 +16,30 @@ import tempfile
 import warnings
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("passes.c")
-
 # Neither of the last two changes a result: they let loops be vectorised that call fabs.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 # OpenMP's threads are those of torch, whose library of that name is loaded already.
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES = {
+_PASSES = {
     "channel_sums": (_POINTER, *[_INT64] * 3, _INT, _INT, _POINTER, _POINTER, _INT),
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
     "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_rows": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
 }  # fmt: skip
+_GROUPED = {name: (*[_POINTER] * 5, _INT) for name in ("grouped_dx", "grouped_dw")}
+# What each file of C has: what a function returns is an int that is 0 if it failed, or nothing.
+_FILES = {"passes": (_PASSES, None), "grouped": (_GROUPED, _INT)}
 
 
 @functools.cache
-def library(number: str) -> ctypes.CDLL | None:
+def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
     """Return the compiled functions for ``"float"`` or ``"double"``, or None where there are none.
+
+    Args:
+        number: What they compute with.
+        name: Of the file of C, without ``.c``.
 
     There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
     torch has other threads than OpenMP's), and where the environment variable
@@ -45,10 +50,10 @@ def library(number: str) -> ctypes.CDLL | None:
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="ssprop_patch") as folder:
-            target = Path(folder, "passes.so")
+            target = Path(folder, f"{name}.so")
             command = [*compiler, *_FLAGS, f"-DT={number}", "-shared", "-fPIC"]
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(target)],
+                [*command, str(Path(__file__).with_name(f"{name}.c")), "-o", str(target)],
                 check=True, capture_output=True, text=True, timeout=60,
             )  # fmt: skip
             found = ctypes.CDLL(str(target))  # what is loaded stays when the file is gone
@@ -60,9 +65,10 @@ def library(number: str) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, signature in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = signature, None
+    signatures, result = _FILES[name]
+    for function_name, signature in signatures.items():
+        function = getattr(found, function_name)
+        function.argtypes, function.restype = signature, result
     return found
 
 

@@ -1,0 +1,171 @@
+"""The C functions for grouped convolutions against the dense backward on a masked gradient."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ssprop_patch import native
+from ssprop_patch.native import build, grouped
+
+pytestmark = pytest.mark.skipif(
+    build.library("double", "grouped") is None, reason="there is no C compiler"
+)
+TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+
+def random(generator, *shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def lying(t, last):
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
+
+
+def kept_channels(generator, channels, groups, kept):
+    """``kept`` channels of each group; of all where each is a group."""
+    size = channels if groups == channels else channels // groups
+    sets = [
+        torch.randperm(size, generator=generator)[:kept].sort().values + first
+        for first in range(0, channels, size)
+    ]
+    return torch.cat(sets)
+
+
+def check(
+    size, groups, inputs, outputs, kept, kernel, stride=1, padding=0, dilation=1, *,
+    n=2, dtype=torch.float64, x_last=False, dy_last=False, w_last=False,
+):  # fmt: skip
+    """Compare dX and dW with those of the dense kernel on a dy whose dropped channels are 0."""
+    generator = torch.Generator().manual_seed(0)
+    dims = len(size)
+    stride, padding, dilation = (
+        (value,) * dims if isinstance(value, int) else value
+        for value in (stride, padding, dilation)
+    )
+    x = random(generator, n, groups * inputs, *size)
+    w = random(generator, groups * outputs, inputs, *kernel)
+    index = kept_channels(generator, groups * outputs, groups, kept)
+    out = (
+        (length + 2 * pad - d * (taps - 1) - 1) // s + 1
+        for length, pad, d, taps, s in zip(size, padding, dilation, kernel, stride, strict=True)
+    )
+    dy = random(generator, n, w.shape[0], *out)
+    masked = torch.zeros_like(dy).index_copy_(1, index, dy[:, index])
+    expected_dx, expected_dw, _ = torch.ops.aten.convolution_backward(
+        masked, x, w, None, stride, padding, dilation, False, [0] * dims, groups,
+        [True, True, False],
+    )  # fmt: skip
+    x, w = lying(x.to(dtype), x_last), lying(w.to(dtype), w_last)
+    args = (lying(dy[:, index].to(dtype), dy_last), x, w, index, stride, padding, dilation, groups)
+    assert native.is_available(x) and native.is_available(w) and grouped.is_supported(x, w)
+    dx, dw = grouped.grouped_dx(*args), grouped.grouped_dw(*args)
+    for got, like, expected in ((dx, x, expected_dx), (dw, w, expected_dw)):
+        assert got.dtype == dtype and got.shape == like.shape and got.stride() == like.stride()
+        tolerance = TOLERANCES[dtype] * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+    return dx, dw
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(grouped, "_threads", lambda t: request.param)
+
+
+FORMATS = [dict(zip(("x_last", "dy_last", "w_last"), f, strict=True))
+           for f in itertools.product([False, True], repeat=3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
+@pytest.mark.parametrize("padding, dilation", [(0, 1), (1, 1), ((3, 0), 2), (2, (1, 3))])
+def test_geometry(dtype, layout, stride, padding, dilation):
+    check((11, 14), 3, 4, 5, 2, (3, 3), stride, padding, dilation, dtype=dtype, **layout)
+
+
+@pytest.mark.parametrize("layout", FORMATS[::3], ids=str)
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3), (5, 5), (7, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kernels_of_any_size(layout, kernel, stride):
+    padding = tuple(n // 2 for n in kernel)
+    check((9, 8), 6, 1, 1, 4, kernel, stride, padding, **layout)
+    check((9, 8), 2, 3, 4, 1, kernel, stride, padding, **layout)
+
+
+@pytest.mark.parametrize("inputs", range(1, 10))
+@pytest.mark.parametrize("kept", range(1, 10))
+def test_every_number_of_channels_fills_its_registers(inputs, kept):
+    check((6, 5), 2, inputs, 9, kept, (3, 2), padding=1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("kept", [1, 7, 40])
+def test_depthwise(threads, last, inputs, kept):
+    check((10, 10), 40, inputs, 1, kept, (3, 3), padding=1, n=3, x_last=last, dy_last=last)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("n", [1, 7, 50])
+def test_more_images_than_are_computed_at_a_time(threads, last, n):
+    # 256 KiB hold a few of these; 50 leave a part of the last handful.
+    check((20, 20), 5, 8, 8, 2, (3, 3), padding=1, n=n, x_last=last, dy_last=last)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_images_larger_than_what_is_computed_at_a_time(last):
+    check((200, 210), 2, 2, 4, 1, (3, 3), 2, 1, n=2, x_last=last, dy_last=last)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_spatial_dimension(last, stride):
+    check((33,), 4, 3, 6, 2, (5,), stride, 2, n=3, x_last=last, dy_last=last)
+
+
+def test_a_gradient_that_lies_in_no_format():
+    generator = torch.Generator().manual_seed(0)
+    x, w = random(generator, 2, 8, 6, 6), random(generator, 8, 1, 3, 3)
+    index = torch.tensor([1, 4, 6])
+    dy = random(generator, 2, 3, 6, 12)[..., ::2]
+    args = (x, w, index, (1, 1), (1, 1), (1, 1), 8)
+    assert grouped.grouped_dx(dy, *args).equal(grouped.grouped_dx(dy.contiguous(), *args))
+    assert grouped.grouped_dw(dy, *args).equal(grouped.grouped_dw(dy.contiguous(), *args))
+
+
+def test_the_number_of_threads_changes_no_bit_of_contiguous_tensors(monkeypatch):
+    found = []
+    for number in (1, 2, 3):
+        monkeypatch.setattr(grouped, "_threads", lambda t, number=number: number)
+        found.append(check((20, 20), 8, 4, 4, 1, (3, 3), padding=1, n=30, dtype=torch.float32))
+    for dx, dw in found[1:]:
+        assert dx.equal(found[0][0]) and dw.equal(found[0][1])
+
+
+def test_what_is_not_finite_stays_in_its_group():
+    generator = torch.Generator().manual_seed(0)
+    x, w = random(generator, 2, 8, 6, 6), random(generator, 8, 2, 3, 3)
+    dy, index = random(generator, 2, 4, 6, 6), torch.tensor([0, 3, 4, 6])
+    dy[0, 1] = math.inf
+    x[1, 5] = math.nan
+    args = (dy, x, w, index, (1, 1), (1, 1), (1, 1), 4)
+    dx, dw = grouped.grouped_dx(*args), grouped.grouped_dw(*args)
+    assert not dx[0, 2:4].isfinite().any() and dx[0, [0, 1, *range(4, 8)]].isfinite().all()
+    assert dx[1].isfinite().all()
+    assert not dw[3].isfinite().any() and not dw[4, 1].isfinite().any()
+    assert dw[[0, 1, 2, 5, 6, 7]].isfinite().all() and dw[4, 0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "x, w",
+    [
+        (torch.zeros(2, 4, 3, 3, 3), torch.zeros(4, 1, 3, 3, 3)),
+        (torch.zeros(0, 4, 3, 3), torch.zeros(4, 1, 3, 3)),
+        (torch.zeros(2, 4, 3, 3), torch.zeros(4, 1, 3, 3, dtype=torch.float64)),
+    ],
+    ids=["3d", "no image", "two dtypes"],
+)
+def test_others_are_left_alone(x, w):
+    assert not grouped.is_supported(x, w)
