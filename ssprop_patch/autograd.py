@@ -5,6 +5,7 @@ In eager mode the backward is plain Python; under torch.compile it is an opaque 
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -119,19 +120,37 @@ def _convolve(
     unbatched = input.dim() == dims + 1
     if unbatched:
         input = input.unsqueeze(0)
-    stride, dilation = _ntuple(geometry.stride, dims), _ntuple(geometry.dilation, dims)
-    padding = geometry.padding
-    if isinstance(padding, str):
-        input, padding = _resolve_padding(padding, input, weight, stride, dilation)
-    params = ConvParams(
-        stride, _ntuple(padding, dims), dilation, geometry.groups,
-        operation.transposed, _ntuple(geometry.output_padding, dims),
-    )  # fmt: skip
+    if isinstance(geometry.padding, str):
+        stride, dilation = _ntuple(geometry.stride, dims), _ntuple(geometry.dilation, dims)
+        input, padding = _resolve_padding(geometry.padding, input, weight, stride, dilation)
+        geometry = geometry._replace(padding=padding)
+    if torch.compiler.is_compiling():  # which cannot look into a cache
+        params = _params(geometry, dims, operation.transposed)
+    else:
+        params = _params_of(geometry, dims, operation.transposed)
     if handle is None:
         out = _SparseConv.apply(input, weight, bias, params, k, score_fn, record)
     else:
         out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
     return out.squeeze(0) if unbatched else out
+
+
+def _params_of(geometry: Geometry, dims: int, transposed: bool) -> ConvParams:
+    try:
+        return _known_params(geometry, dims, transposed)
+    except TypeError:  # lists, which have no hash
+        return _params(geometry, dims, transposed)
+
+
+def _params(geometry: Geometry, dims: int, transposed: bool) -> ConvParams:
+    stride, padding, dilation, groups, output_padding = geometry
+    return ConvParams(
+        _ntuple(stride, dims), _ntuple(padding, dims), _ntuple(dilation, dims), groups,
+        transposed, _ntuple(output_padding, dims),
+    )  # fmt: skip
+
+
+_known_params = functools.lru_cache(maxsize=1024)(_params)
 
 
 def _ntuple(value: Size, n: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ autograd graph, call by call: nothing is paired beforehand, and where anything s
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -60,20 +61,20 @@ def can_defer(module: nn.Module) -> bool:
 @functools.cache
 def patched_norm_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``cls``, a batch norm, that defers its input's gradient."""
-    dense_forward, run = cls.forward, _run
+    dense_forward, deferring_forward = cls.forward, _with_batch_norm(cls.forward)
+    is_compiling, is_paired, catch = torch.compiler.is_compiling, _is_paired, _CatchNorm
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(self, dense_forward, args, kwargs)
+        if is_compiling() or not self.training:
+            return dense_forward(self, *args, **kwargs)
+        if deferring_forward is not None:
+            return deferring_forward(self, *args, **kwargs)
+        if not is_paired(args[0] if args else next(iter(kwargs.values()), None)):
+            return dense_forward(self, *args, **kwargs)
+        with catch():
+            return dense_forward(self, *args, **kwargs)
 
     return make_patched_class(PatchedNorm, patched_norm_class, cls, "forward", forward)
-
-
-def _run(module: nn.Module, dense_forward: Any, args: Any, kwargs: Any) -> Any:
-    x = args[0] if args else next(iter(kwargs.values()), None)
-    if torch.compiler.is_compiling() or not (module.training and _is_paired(x)):
-        return dense_forward(module, *args, **kwargs)
-    with _CatchNorm(x):
-        return dense_forward(module, *args, **kwargs)
 
 
 def _is_paired(x: Any) -> bool:
@@ -104,27 +105,39 @@ def _saves_elsewhere() -> bool:
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch >= 2.8
 
 
+# Both of the following make the batch norm that a module's forward calls a deferring one. What
+# subclasses do around it (an activation, as in timm's BatchNormAct2d) stays theirs.
+
+
+def _with_batch_norm(forward: Any) -> Any:
+    """Return ``forward`` with an ``F.batch_norm`` that may defer; None if it does not call that."""
+    if not isinstance(forward, types.FunctionType) or "batch_norm" not in forward.__code__.co_names:
+        return None
+    names = {
+        name: _FUNCTIONAL
+        for name in forward.__code__.co_names
+        if forward.__globals__.get(name) is nn.functional
+    }
+    if not names:
+        return None
+    copy = types.FunctionType(
+        forward.__code__, {**forward.__globals__, **names}, forward.__name__,
+        forward.__defaults__, forward.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
 class _CatchNorm(TorchFunctionMode):
-    """Makes the batch norm of one tensor, wherever a module's forward calls it, a deferring one.
-
-    So what subclasses do around it (an activation, as in timm's BatchNormAct2d) stays theirs.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self._x = x
+    """As :func:`_with_batch_norm`, for a forward that calls it elsewhere: slower by 40 us."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.batch_norm:
-            return _batch_norm(self._x, *args, **kwargs)
-        return func(*args, **kwargs)
+        return (_batch_norm if func is nn.functional.batch_norm else func)(*args, **(kwargs or {}))
 
 
 def _batch_norm(
-    expected: Tensor,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -134,12 +147,24 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As ``F.batch_norm``, whose arguments these are; deferring for the tensor that is expected."""
+    """As ``F.batch_norm``, whose arguments these are; deferring where that is of use."""
     statistics = (running_mean, running_var)
-    if not training or input is not expected or in_transform(input, weight, bias):
+    if not (training and _is_paired(input)) or in_transform(input, weight, bias):
         return nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
     order = deferred_order(input.grad_fn.score_fn)
     return _DeferringNorm.apply(input, weight, bias, *statistics, momentum, eps, order)
+
+
+class _Functional:
+    """``torch.nn.functional`` but for batch norm."""
+
+    batch_norm = staticmethod(_batch_norm)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn.functional, name)
+
+
+_FUNCTIONAL = _Functional()
 
 
 class _DeferringNorm(torch.autograd.Function):

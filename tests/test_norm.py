@@ -541,13 +541,43 @@ def test_something_put_on_a_norm_has_to_come_off_before_revert(way):
     assert type(model[1]) is wrapped and ssp.is_converted(model[0])
 
 
-def test_a_norm_of_another_tensor_is_left_alone(way, formed):
-    class Own(nn.BatchNorm2d):
-        def forward(self, x):
-            return super().forward(x) + F.batch_norm(x * 2, None, None, training=True)
+class CallsTheOther(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + torch.batch_norm(
+            x * 2, None, None, None, None, True, 0.1, 1e-5, False
+        )
 
-    compare_with_oracle(way, net(norm=Own), inputs())
+
+class CallsBoth(nn.BatchNorm2d):
+    def forward(self, x):
+        own = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True)
+        return own + F.batch_norm(x * 2, None, None, training=True)
+
+
+@pytest.mark.parametrize("norm", [CallsTheOther, CallsBoth])
+def test_a_norm_of_another_tensor_is_left_alone(way, norm, formed):
+    compare_with_oracle(way, net(norm=norm), inputs())
     assert formed["part"] == 0 and formed["whole"] == 2
+
+
+class Keyword(nn.BatchNorm2d):
+    def forward(self, *, features, scale=2.0):
+        return super().forward(features) * scale
+
+
+class Default(nn.BatchNorm2d):
+    def forward(self, x, *, scale=2.0):
+        out = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True)
+        return F.relu(out) * scale
+
+
+def test_forwards_with_arguments_of_their_own(way, formed):
+    compare_with_oracle(way, net(norm=Default), inputs())
+    assert formed["part"] == 2
+    model = ssp.convert(nn.Sequential(nn.Conv2d(3, 6, 3), Keyword(6)), RATE, selection=way.selection)
+    assert_same(model[1](features=torch.ones(4, 6, 5, 5)), torch.zeros(4, 6, 5, 5), 1e-6)
+    y = model[0](torch.randn(4, 3, 9, 9))
+    assert type(model[1](features=y).grad_fn.next_functions[0][0]).__name__ == "_DeferringNormBackward"
 
 
 def test_metered_it_defers_too(way, formed):
