@@ -41,7 +41,10 @@ def in_transform(*tensors: Tensor | None) -> bool:
 
 def is_batched(t: Tensor) -> bool:
     """Whether ``t`` stands for several gradients: ``is_grads_batched``, ``torch.func.vmap``."""
-    return not torch.compiler.is_compiling() and "Batched" in str(torch._C._dispatch_keys(t))
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 NO_TRANSFORMS = (
@@ -83,8 +86,8 @@ def sparse(
         )
     if in_transform(input, weight, bias):
         raise RuntimeError(NO_TRANSFORMS)
-    device_type = input.device.type
-    if _is_autocasting(device_type):
+    if _is_autocasting(input):
+        device_type = input.device.type
         # Cast what autocast would, but outside the Function, so that autograd casts back.
         dtype = torch.get_autocast_dtype(device_type)
         input, weight = _cast(input, dtype, device_type), _cast(weight, dtype, device_type)
@@ -96,8 +99,14 @@ def sparse(
     return _convolve(operation, input, weight, bias, geometry, k, score_fn, record, handle)
 
 
-def _is_autocasting(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta: an error
+# First, as ``device.type`` takes longer than all else that is asked of a tensor in a forward.
+_is_autocasting_anywhere = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _is_autocasting(t: Tensor) -> bool:
+    if not _is_autocasting_anywhere() or t.is_meta:  # of which it is an error to ask
+        return False
+    return torch.is_autocast_enabled(t.device.type)
 
 
 def _cast(t: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
@@ -257,7 +266,7 @@ class _SparseLinear(torch.autograd.Function):
 
 def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
     try:
-        if not _is_autocasting(dy.device.type):
+        if not _is_autocasting(dy):
             return backward(dy, *args)
         with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
             return backward(dy, *args)

@@ -107,7 +107,7 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
         x, w, p: Input, weight and geometry.
         k: Kept channels.
     """
-    cpu, last = x.device.type == "cpu", is_channels_last(x)
+    cpu, last = x.is_cpu, is_channels_last(x)
     depthwise = p.groups > 1 and p.groups == p.out_channels(w)
     if p.transposed:
         return _GATHER if p.groups == 1 or depthwise else _MASK
@@ -193,7 +193,7 @@ _device_name = functools.cache(device_name)
 def _may_measure(x: Tensor, key: _Key) -> bool:
     if not benchmark or torch.are_deterministic_algorithms_enabled():
         return False
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     layer = (*key[:5], *key[6:])
     _shapes_timed[layer] = _shapes_timed.get(layer, 0) + 1

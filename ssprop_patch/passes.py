@@ -60,7 +60,7 @@ def channel_sum(t: Tensor, order: int) -> Tensor:
 
 def _sum_in_parts(t: Tensor) -> bool:
     # A traced sum (torch.compile) is one fused loop: no parts, no Python loop over the batch.
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.is_cpu and not torch.compiler.is_compiling()
 
 
 def _chunked_sum(
@@ -85,6 +85,27 @@ def _sum_of_part(
     if t.dim() > 2 and t.numel() > t.shape[0] * t.shape[1] and t.is_contiguous():
         return t.flatten(2).sum(2).sum(0)  # along the rows first, which is the fastest order there
     return t.sum(dims)
+
+
+def largest(scores: Tensor, k: int, groups: int) -> Tensor:
+    """Return the indices of the ``k`` largest scores of each group, ascending.
+
+    Args:
+        scores: (C,), of ``groups`` groups one after the other.
+        k: At most the channels of a group.
+        groups: A divisor of C.
+
+    Returns:
+        int64, (groups * k,).
+    """
+    if are_for_c(scores):
+        return native.largest(scores, k, groups)
+    if groups == 1:
+        return scores.topk(k, sorted=False).indices.sort().values
+    per_group = scores.shape[0] // groups
+    index = scores.view(groups, per_group).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    first = torch.arange(0, scores.shape[0], per_group, device=scores.device)
+    return (index + first.unsqueeze(1)).flatten()
 
 
 def take_channels(t: Tensor, index: Tensor) -> Tensor:
@@ -125,6 +146,14 @@ def put_rows(rows: Tensor, index: Tensor, like: Tensor, dim: int = 0) -> Tensor:
     return torch.zeros_like(like).index_copy_(dim, index, rows)
 
 
+def put_sums(parts: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """As :func:`put_rows`, of the sum of ``parts``, (N, k, *), over dim 0."""
+    if parts.dtype is like.dtype and like.is_contiguous() and parts.is_contiguous():
+        if are_for_c(parts, like):
+            return native.put_sums(parts, index, like)
+    return put_rows(parts.sum(0), index, like)
+
+
 def is_channels_last(t: Tensor) -> bool:
     """Whether the channels of ``t`` lie side by side, and those of a contiguous tensor do not."""
     return t.dim() > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
@@ -158,7 +187,7 @@ def can_split_norm(t: Tensor, order: int) -> bool:
     With torch's own operations only on the CPU and for the sum of squares: on CUDA they would read
     more, not less, and the sum of ``|dy|`` does not follow from sums of dz.
     """
-    return can_split_relu(t) or (t.device.type == "cpu" and order == 2)
+    return can_split_relu(t) or (t.is_cpu and order == 2)
 
 
 def may_split_relu(device_type: str) -> bool:
@@ -260,16 +289,16 @@ def relu_backward(dz: Tensor, relu_out: Tensor | None) -> Tensor:
 
 def are_for_c(*tensors: Tensor) -> bool:
     """Whether the functions of :mod:`ssprop_patch.native` can take all of them."""
-    return all(_kernels(t) is native for t in tensors)
+    return not torch.compiler.is_compiling() and all(map(native.is_available, tensors))
 
 
 def _kernels(t: Tensor) -> ModuleType | None:
     """Return the module of kernels that can take ``t``, if there is one."""
     if torch.compiler.is_compiling():
         return None
-    if t.device.type == "cpu":
+    if t.is_cpu:
         return native if native.is_available(t) else None
-    if t.device.type != "cuda" or not _TRITON:
+    if not t.is_cuda or not _TRITON:
         return None
     kernels = _triton_kernels()
     return kernels if kernels is not None and kernels.is_available(t) else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .deferred import NormGradient
-from .passes import channel_sum
+from .passes import channel_sum, largest
 
 #: Takes the gradient of a layer's output, shape (N, C_out, *spatial), (rows, features) for a
 #: linear layer, and returns one score per output channel, shape (C_out,). The channels with the
@@ -128,6 +128,13 @@ def deferred_order(score_fn: ScoreFn) -> int | None:
     return 1 if local is l1_scores else 2 if local is l2_scores else None
 
 
+def _to_score(dy: Tensor, score_fn: ScoreFn) -> Tensor:
+    """Return what ``score_fn`` is given: functions of others know ordinary tensors only."""
+    if isinstance(dy, NormGradient) and deferred_order(score_fn) is None:
+        return dy.form()
+    return dy
+
+
 def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
     """Return the indices of the kept output channels, ascending.
 
@@ -145,18 +152,15 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
         ValueError: If ``score_fn`` does not return one score per channel.
     """
     channels = dy.shape[1]
-    deferred = isinstance(dy, NormGradient) and deferred_order(score_fn) is not None
-    with torch.no_grad():
-        scores = score_fn(dy if deferred else dy.detach())
+    if not torch.is_grad_enabled():
+        scores = score_fn(_to_score(dy, score_fn))
+    else:  # within a double backward
+        with torch.no_grad():
+            scores = score_fn(_to_score(dy, score_fn).detach())
     if not isinstance(scores, Tensor) or scores.shape != (channels,):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"selection must return one score per output channel, a tensor of shape "
             f"({channels},) for a gradient of shape {tuple(dy.shape)}; got {got}"
         )
-    if groups in (1, channels):
-        return scores.topk(k, sorted=False).indices.sort().values
-    per_group = channels // groups
-    index = scores.view(groups, per_group).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    offsets = torch.arange(0, channels, per_group, device=dy.device).unsqueeze(1)
-    return (index + offsets).flatten()
+    return largest(scores, k, 1 if groups == channels else groups)

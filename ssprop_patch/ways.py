@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .kept import ConvParams, Grads, Kept, Mask, dense_backward
 from .native.grouped import grouped_dw, grouped_dx, is_supported
-from .passes import are_for_c, is_channels_last
+from .passes import are_for_c, is_channels_last, put_sums
 
 _convolution = torch.ops.aten.convolution.default
 
@@ -109,7 +109,8 @@ def matmul_dx(kept: Kept) -> Tensor:
         last = dy.movedim(1, -1)
         dx = (_rows(dy) @ matrix).view(*last.shape[:-1], -1).movedim(-1, 1)
     else:
-        dx = (matrix.t() @ dy.flatten(2)).view(*x.shape[:2], *dy.shape[2:])
+        turned = matrix.t().expand(dy.shape[0], -1, -1)
+        dx = torch.bmm(turned, dy.flatten(2)).view(*x.shape[:2], *dy.shape[2:])
     if dx.shape == x.shape:
         return dx
     # A stride leaves positions that the convolution never read.
@@ -128,7 +129,8 @@ def matmul_dw(kept: Kept) -> Tensor:
         if is_channels_last(x):
             dw = _rows(dy).t() @ _rows(read)
         else:
-            dw = torch.bmm(dy.flatten(2), read.flatten(2).transpose(1, 2)).sum(0)
+            parts = torch.bmm(dy.flatten(2), read.flatten(2).transpose(1, 2))
+            return put_sums(parts.view(*parts.shape[:2], *kept.whole_w.shape[1:]), kept.index, kept.whole_w)
     return kept.spread_dw(dw.view(kept.w.shape))
 
 
@@ -229,7 +231,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
         dw.append("mask")
     # The formats differ only where there are several channels and positions.
     several = x.dim() == 4 and x.shape[1] > 1 and not _is_single(x)
-    if several and x.device.type == "cpu" and not is_channels_last(x):
+    if several and x.is_cpu and not is_channels_last(x):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
     if p.groups > 1 and _can_be_direct(x, w):

@@ -70,7 +70,7 @@ def check(
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(grouped, "_threads", lambda t: request.param)
+    monkeypatch.setattr(grouped, "threads_for", lambda t: request.param)
 
 
 FORMATS = [dict(zip(("x_last", "dy_last", "w_last"), f, strict=True))
@@ -138,7 +138,7 @@ def test_a_gradient_that_lies_in_no_format():
 def test_the_number_of_threads_changes_no_bit_of_contiguous_tensors(monkeypatch):
     found = []
     for number in (1, 2, 3):
-        monkeypatch.setattr(grouped, "_threads", lambda t, number=number: number)
+        monkeypatch.setattr(grouped, "threads_for", lambda t, number=number: number)
         found.append(check((20, 20), 8, 4, 4, 1, (3, 3), padding=1, n=30, dtype=torch.float32))
     for dx, dw in found[1:]:
         assert dx.equal(found[0][0]) and dw.equal(found[0][1])

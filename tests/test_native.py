@@ -31,7 +31,8 @@ SHAPES = [
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(native, "_threads", lambda t: request.param)
+    for module in (native.channels, native.norm):
+        monkeypatch.setattr(module, "threads_for", lambda t: request.param)
 
 
 def random(shape, dtype, last, seed=0):

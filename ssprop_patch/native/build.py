@@ -23,14 +23,19 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _PASSES = {
     "channel_sums": (_POINTER, *[_INT64] * 3, _INT, _INT, _POINTER, _POINTER, _INT),
-    "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
-    "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
+    "largest": (_POINTER, *[_INT64] * 3, _POINTER, _POINTER),
     "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_rows": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
+    "put_sums": (_POINTER, _INT64, _POINTER, *[_INT64] * 3, _POINTER, _INT),
+    "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
+    "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
 }  # fmt: skip
 _GROUPED = {name: (*[_POINTER] * 5, _INT) for name in ("grouped_dx", "grouped_dw")}
-# What each file of C has: what a function returns is an int that is 0 if it failed, or nothing.
-_FILES = {"passes": (_PASSES, None), "grouped": (_GROUPED, _INT)}
+# Files, functions, and what these return: nothing, or an int that is 0 if one failed.
+_LIBRARIES = {
+    "passes": (("channels.c", "norm.c"), _PASSES, None),
+    "grouped": (("grouped.c",), _GROUPED, _INT),
+}
 
 
 @functools.cache
@@ -39,7 +44,7 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
 
     Args:
         number: What they compute with.
-        name: Of the file of C, without ``.c``.
+        name: ``"passes"`` over memory, or ``"grouped"`` convolutions.
 
     There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
     torch has other threads than OpenMP's), and where the environment variable
@@ -48,12 +53,13 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
         return None
+    files, signatures, result = _LIBRARIES[name]
     try:
         with tempfile.TemporaryDirectory(prefix="ssprop_patch") as folder:
             target = Path(folder, f"{name}.so")
             command = [*compiler, *_FLAGS, f"-DT={number}", "-shared", "-fPIC"]
             subprocess.run(
-                [*command, str(Path(__file__).with_name(f"{name}.c")), "-o", str(target)],
+                [*command, *(str(Path(__file__).with_name(f)) for f in files), "-o", str(target)],
                 check=True, capture_output=True, text=True, timeout=60,
             )  # fmt: skip
             found = ctypes.CDLL(str(target))  # what is loaded stays when the file is gone
@@ -65,7 +71,6 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    signatures, result = _FILES[name]
     for function_name, signature in signatures.items():
         function = getattr(found, function_name)
         function.argtypes, function.restype = signature, result

@@ -10,11 +10,10 @@
    With a stride s the input falls into s * s parts ("phases") of every s-th row and column, and each
    tap reads one of them. One or two spatial dimensions; the first is 1 if there is one.
 
-   Compiled once for each type of number, by -DT=float and -DT=double. */
+   Compiled once for each type of number, see common.h. */
 
-#include <stdint.h>
+#include "common.h"
 #include <stdlib.h>
-#include <string.h>
 
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -24,7 +23,6 @@
 #define BYTES 16
 #endif
 #define LANES ((int64_t)(BYTES / sizeof(T)))
-#define INLINE static inline __attribute__((always_inline))
 
 /* Loaded from and stored to any address of a T. */
 typedef T V __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _NUMBERS, _is_last, _threads
 from .build import library
+from .tensors import NUMBERS, is_last, threads_for
 
 __all__ = ["grouped_dw", "grouped_dx", "is_supported"]
 
@@ -31,7 +31,7 @@ def is_supported(x: Tensor, w: Tensor) -> bool:
         and x.dtype is w.dtype
         and x.numel() > 0
         and w.numel() > 0
-        and library(_NUMBERS[x.dtype], "grouped") is not None
+        and library(NUMBERS[x.dtype], "grouped") is not None
     )
 
 
@@ -92,7 +92,7 @@ def _call(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    if not (dy.is_contiguous() or _is_last(dy)):
+    if not (dy.is_contiguous() or is_last(dy)):
         dy = dy.contiguous()
     index = index.contiguous()
     n, c_in, *size = x.shape
@@ -108,9 +108,9 @@ def _call(
         n, c_in, *size, *out_size, w.shape[0], computed, per_group, w.shape[1], depthwise,
         *kernel, *stride, *padding, *dilation, not x.is_contiguous(), not dy.is_contiguous(),
     )  # fmt: skip
-    function = getattr(library(_NUMBERS[x.dtype], "grouped"), name)
+    function = getattr(library(NUMBERS[x.dtype], "grouped"), name)
     done = function(
-        dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), _threads(x)
+        dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
     )
     if not done:
         raise MemoryError("no memory for the backward of a grouped convolution")

@@ -1,93 +1,14 @@
-/* The passes over memory of a sparse backward; each reads its tensors as seldom as it can.
+/* The backward of batch norm, and of a ReLU behind it; see common.h. */
 
-   A tensor of n samples, c channels and s positions is contiguous, or (`last`) in channels_last: a
-   matrix of n * s rows of c numbers. Sums are made in double. Compiled once for each type of
-   number, by -DT=float and -DT=double. */
+#include "common.h"
 
-#include <stdint.h>
-#include <string.h>
-
-/* So many numbers are summed in their own type before they are added to a double. */
-#define BLOCK 2048
-
-#define MAGNITUDE(v, order) ((order) == 1 ? (T)__builtin_fabs(v) : (v) * (v))
-/* With the order, and whether there is a ReLU, as constants each loop is vectorised by itself. */
-#define BY_ORDER(f, ...) (order == 1 ? f(__VA_ARGS__, 1) : f(__VA_ARGS__, 2))
 #define BY_RELU(f, ...) (relu ? f(__VA_ARGS__, 1) : f(__VA_ARGS__, 0))
 #define BY_BOTH(f, ...) (relu ? BY_ORDER(f, __VA_ARGS__, 1) : BY_ORDER(f, __VA_ARGS__, 0))
-#define INLINE static inline __attribute__((always_inline))
 
 /* The gradient behind a ReLU with the output r, if there is one; as in torch a nan passes it. */
 INLINE T passed(T d, T r, int relu)
 {
     return relu && r <= 0 ? 0 : d;
-}
-
-/* --- channel_sums: of |t| ** order ------------------------------------------------------------ */
-
-INLINE T sum_of_row(const T *restrict row, int64_t size, int order)
-{
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < size; j++)
-        sum += MAGNITUDE(row[j], order);
-    return sum;
-}
-
-static void sums_of_channels(
-    const T *restrict t, int64_t n, int64_t c, int64_t s, int order, T *restrict out, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t ch = 0; ch < c; ch++) {
-        double sum = 0;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t from = 0; from < s; from += BLOCK) {
-                const T *row = t + (i * c + ch) * s + from;
-                int64_t size = s - from < BLOCK ? s - from : BLOCK;
-                sum += BY_ORDER(sum_of_row, row, size);
-            }
-        out[ch] = (T)sum;
-    }
-}
-
-INLINE void sums_of_columns(
-    const T *restrict t, int64_t rows, int64_t c, double *restrict sums, int order)
-{
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4, t += 4 * c)
-#pragma omp simd
-        for (int64_t j = 0; j < c; j++) {
-            T v0 = t[j], v1 = t[c + j], v2 = t[2 * c + j], v3 = t[3 * c + j];
-            sums[j] += MAGNITUDE(v0, order) + MAGNITUDE(v1, order)
-                     + MAGNITUDE(v2, order) + MAGNITUDE(v3, order);
-        }
-    for (; i < rows; i++, t += c)
-#pragma omp simd
-        for (int64_t j = 0; j < c; j++)
-            sums[j] += MAGNITUDE(t[j], order);
-}
-
-/* `work` holds threads * c zeros. */
-void channel_sums(
-    const T *t, int64_t n, int64_t c, int64_t s, int last, int order,
-    T *restrict out, double *restrict work, int threads)
-{
-    if (!last) {
-        sums_of_channels(t, n, c, s, order, out, threads);
-        return;
-    }
-    int64_t rows = n * s;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int th = 0; th < threads; th++) {
-        int64_t from = rows * th / threads, size = rows * (th + 1) / threads - from;
-        BY_ORDER(sums_of_columns, t + from * c, size, c, work + th * c);
-    }
-    for (int64_t j = 0; j < c; j++) {
-        double sum = 0;
-        for (int th = 0; th < threads; th++)
-            sum += work[th * c + j];
-        out[j] = (T)sum;
-    }
 }
 
 /* --- norm_sums: of batch norm's backward, and of |dy| ** order of what it passes on ------------
@@ -301,34 +222,4 @@ void norm_input_grad(
             BY_RELU(positions_of_channel, dz + at, r + at, x + at,
                     mean[ch], shift[ch], slope[ch], scale[ch], s, dy + (i * k + j) * s);
         }
-}
-
-/* --- take_channels: t[:, index], in channels_last ---------------------------------------------- */
-
-void take_channels(
-    const T *restrict t, const int64_t *index, int64_t k, int64_t rows, int64_t c,
-    T *restrict out, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < k; j++)
-            out[i * k + j] = t[i * c + index[j]];
-}
-
-/* --- put_rows: zeros, with `rows` in the places `index`, ascending --------------------------- */
-
-void put_rows(
-    const T *rows, const int64_t *index, int64_t k, int64_t c, int64_t size, T *out, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int th = 0; th < threads; th++) {
-        int64_t from = c * th / threads, to = c * (th + 1) / threads, j = 0;
-        while (j < k && index[j] < from)
-            j++;
-        for (int64_t i = from; i < to; i++)
-            if (j < k && index[j] == i)
-                memcpy(out + i * size, rows + j++ * size, size * sizeof(T));
-            else
-                memset(out + i * size, 0, size * sizeof(T));
-    }
 }

@@ -1,0 +1,115 @@
+"""Sums over channels, the choice of the largest, and what takes and puts them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .tensors import (
+    empty_of_channels,
+    is_matrix,
+    library_for,
+    pointer,
+    sizes,
+    threads_for,
+    zeros,
+)
+
+
+def channel_sums(t: Tensor, order: int) -> Tensor:
+    """Return the sum of ``|t| ** order`` over each channel.
+
+    Args:
+        t: (N, C, *spatial), or (rows, C).
+        order: 1 or 2.
+
+    Returns:
+        (C,), of ``t``'s dtype.
+    """
+    last, threads = is_matrix(t), threads_for(t)
+    c = t.shape[1]
+    out = t.new_empty(c)
+    work = zeros(threads * c) if last else None
+    library_for(t).channel_sums(
+        t.data_ptr(), *sizes(t), last, order, out.data_ptr(), pointer(work), threads
+    )
+    return out
+
+
+def largest(scores: Tensor, k: int, groups: int) -> Tensor:
+    """Return the indices of the ``k`` largest scores of each group, ascending.
+
+    Args:
+        scores: (C,), of ``groups`` groups one after the other. A nan counts as infinite; of equal
+            scores the first are taken.
+        k: At most the channels of a group.
+        groups: A divisor of C.
+
+    Returns:
+        int64, (groups * k,).
+    """
+    scores, size = scores.contiguous(), scores.shape[0] // groups
+    index, work = torch.empty(groups * k, dtype=torch.int64), scores.new_empty(2 * size)
+    library_for(scores).largest(
+        scores.data_ptr(), groups, size, k, work.data_ptr(), index.data_ptr()
+    )
+    return index
+
+
+def take_channels(t: Tensor, index: Tensor) -> Tensor:
+    """Return ``t[:, index]`` in ``t``'s own memory format.
+
+    Args:
+        t: (N, C, *spatial), or (rows, C).
+        index: (k,), the channels; not checked.
+    """
+    if not is_matrix(t):
+        return t.index_select(1, index)  # copies whole channels: nothing to gain
+    n, c, s = sizes(t)
+    k, index = index.shape[0], index.contiguous()
+    out = empty_of_channels(t, k)
+    library_for(t).take_channels(
+        t.data_ptr(), index.data_ptr(), k, n * s, c, out.data_ptr(), threads_for(t)
+    )
+    return out
+
+
+def put_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor | None:
+    """Return zeros like ``like``, with ``rows`` in the places ``index`` of dim 0.
+
+    Args:
+        rows: (k, *), lying in memory as ``like`` does.
+        index: (k,), ascending; not checked.
+        like: (C, *).
+
+    Returns:
+        A tensor as ``torch.zeros_like`` makes it; None where ``rows`` lie otherwise.
+    """
+    size = math.prod(like.shape[1:])
+    if rows.dtype is not like.dtype or rows.stride() != like.stride() or rows.stride(0) != size:
+        return None
+    out, index = torch.empty_like(like), index.contiguous()
+    library_for(like).put_rows(
+        rows.data_ptr(), index.data_ptr(), rows.shape[0], like.shape[0], size, out.data_ptr(),
+        threads_for(like),
+    )  # fmt: skip
+    return out
+
+
+def put_sums(parts: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Return zeros like ``like``, with the sum of ``parts`` over dim 0 in the places ``index``.
+
+    Args:
+        parts: (N, k, *), contiguous.
+        index: (k,), ascending; not checked.
+        like: (C, *), contiguous, of ``parts``' dtype.
+    """
+    out, index = torch.empty_like(like), index.contiguous()
+    n, k = parts.shape[:2]
+    library_for(like).put_sums(
+        parts.data_ptr(), n, index.data_ptr(), k, like.shape[0], math.prod(like.shape[1:]),
+        out.data_ptr(), threads_for(parts),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,115 @@
+"""The backward of batch norm in training mode, and of a ReLU behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .tensors import (
+    empty_of_channels,
+    is_matrix,
+    library_for,
+    pointer,
+    sizes,
+    threads_for,
+    zeros,
+)
+
+
+def norm_sums(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    order: int,
+    relu_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three sums over each channel: of dz, of dz times the normalised x, of ``|dy|**order``.
+
+    The first two are the gradients of a batch norm's bias and weight. dy is the gradient of its
+    input, which is not formed.
+
+    Args:
+        dz: Gradient of the norm's output, (N, C, *spatial) or (rows, C); of the output of the ReLU
+            behind it if ``relu_out`` is given.
+        x: The norm's input, of the same shape.
+        weight: (C,), or None.
+        mean, invstd: Of the batch, (C,).
+        order: 1 or 2.
+        relu_out: Output of the ReLU, of the same shape; where it is <= 0, ``dz`` counts as 0.
+
+    Returns:
+        Three of shape (C,), of ``x``'s dtype.
+    """
+    last, threads = is_matrix(x), threads_for(x)
+    c = x.shape[1]
+    dz, relu, relu_out = _behind_relu(dz, relu_out, x)
+    weight, mean, invstd = _vectors(x.dtype, weight, mean, invstd)
+    sums = x.new_empty(3, c)
+    work, lines = (zeros(threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
+    library_for(x).norm_sums(
+        dz.data_ptr(), relu_out.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(),
+        pointer(weight), *sizes(x), last, relu, order,
+        sums.data_ptr(), pointer(work), pointer(lines), threads,
+    )  # fmt: skip
+    return sums.unbind()
+
+
+def norm_input_grad(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    index: Tensor,
+    relu_out: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient of batch norm's input, in training mode, of the channels ``index``.
+
+    Args:
+        dz, x, weight, mean, invstd, relu_out: As for :func:`norm_sums`.
+        sum_dz, sum_dz_xhat: What that returned.
+        index: (k,), the channels; not checked.
+
+    Returns:
+        (N, k, *spatial), of ``x``'s dtype and memory format.
+    """
+    k = index.shape[0]
+    dz, relu, relu_out = _behind_relu(dz, relu_out, x)
+    index = index.contiguous()
+    weight, mean, invstd, sum_dz, sum_dz_xhat = _vectors(
+        x.dtype, weight, mean, invstd, sum_dz, sum_dz_xhat
+    )
+    threads = threads_for(x)
+    out, lines = empty_of_channels(x, k), x.new_empty((3 + threads) * x.shape[1])
+    library_for(x).norm_input_grad(
+        dz.data_ptr(), relu_out.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(),
+        pointer(weight), sum_dz.data_ptr(), sum_dz_xhat.data_ptr(), index.data_ptr(),
+        k, *sizes(x), is_matrix(x), relu, out.data_ptr(), lines.data_ptr(), threads,
+    )  # fmt: skip
+    return out
+
+
+def _vectors(dtype: torch.dtype, *vectors: Tensor | None) -> Iterator[Tensor | None]:
+    """Return the vectors as C reads them."""
+    return (
+        v if v is None or (v.dtype is dtype and v.is_contiguous()) else v.to(dtype).contiguous()
+        for v in vectors
+    )
+
+
+def _behind_relu(dz: Tensor, relu_out: Tensor | None, x: Tensor) -> tuple[Tensor, bool, Tensor]:
+    """Return dz, whether there is a ReLU, and its output (anything where there is none)."""
+    dz = _lying_like(dz, x)
+    return dz, relu_out is not None, dz if relu_out is None else _lying_like(relu_out, x)
+
+
+def _lying_like(t: Tensor, x: Tensor) -> Tensor:
+    if t.dtype is x.dtype and t.stride() == x.stride():
+        return t
+    return torch.empty_like(x).copy_(t)
