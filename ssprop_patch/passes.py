@@ -148,9 +148,9 @@ def put_rows(rows: Tensor, index: Tensor, like: Tensor, dim: int = 0) -> Tensor:
 
 def put_sums(parts: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """As :func:`put_rows`, of the sum of ``parts``, (N, k, *), over dim 0."""
-    if parts.dtype is like.dtype and like.is_contiguous() and parts.is_contiguous():
-        if are_for_c(parts, like):
-            return native.put_sums(parts, index, like)
+    alike = parts.dtype is like.dtype and parts.is_contiguous() and like.is_contiguous()
+    if alike and are_for_c(parts, like):
+        return native.put_sums(parts, index, like)
     return put_rows(parts.sum(0), index, like)
 
 

@@ -130,7 +130,8 @@ def matmul_dw(kept: Kept) -> Tensor:
             dw = _rows(dy).t() @ _rows(read)
         else:
             parts = torch.bmm(dy.flatten(2), read.flatten(2).transpose(1, 2))
-            return put_sums(parts.view(*parts.shape[:2], *kept.whole_w.shape[1:]), kept.index, kept.whole_w)
+            parts = parts.view(*parts.shape[:2], *kept.whole_w.shape[1:])
+            return put_sums(parts, kept.index, kept.whole_w)
     return kept.spread_dw(dw.view(kept.w.shape))
 
 

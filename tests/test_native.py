@@ -100,6 +100,51 @@ def test_put_rows(shape, last, dtype, places, threads):
     assert out.stride() == like.stride()
 
 
+@each_case([(5, 3, 3, 3), (16, 40), (9, 600), (7, 1, 1, 1)])
+@pytest.mark.parametrize("n", [1, 6])
+def test_put_sums(shape, last, dtype, n, threads):
+    like = random(shape, dtype, False)
+    index = torch.tensor([0, 2, shape[0] - 1])
+    parts = random((n, 3, *shape[1:]), dtype, False, 2)
+    out = native.put_sums(parts, index, like)
+    expected = torch.zeros(shape, dtype=torch.float64).index_copy_(0, index, parts.double().sum(0))
+    assert_close(out, expected, dtype)
+    out = passes.put_sums(parts, index, lying(like, last))  # in C or not
+    assert out.stride() == lying(like, last).stride()
+    assert_close(out, expected, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 999])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("values", ["different", "few", "one", "ascending", "descending"])
+def test_the_largest_of_each_group(dtype, size, groups, values):
+    scores = random((groups * size,), dtype, False)
+    scores = {
+        "few": scores.round(), "one": torch.ones_like(scores), "different": scores,
+        "ascending": scores.sort().values, "descending": scores.sort(descending=True).values,
+    }[values]  # fmt: skip
+    for k in {1, size // 5 + 1, size - 1, size} - {0}:
+        index = native.largest(scores, k, groups)
+        assert index.dtype == torch.int64 and index.shape == (groups * k,)
+        for g in range(groups):
+            of_group = range(g * size, (g + 1) * size)
+            ranked = sorted(of_group, key=lambda i: (-scores[i].item(), i))  # the first of equals
+            assert index[g * k : (g + 1) * k].tolist() == sorted(ranked[:k])
+
+
+@needs_compiler
+def test_the_largest_where_some_are_not_finite():
+    inf, nan = math.inf, math.nan
+    scores = torch.tensor([1.0, nan, -inf, 3.0, inf, nan, 0.0, 2.0])
+    assert native.largest(scores, 3, 1).tolist() == [1, 4, 5]
+    assert native.largest(scores, 5, 1).tolist() == [1, 3, 4, 5, 7]
+    assert native.largest(scores, 2, 2).tolist() == [1, 3, 4, 5]
+    assert native.largest(torch.full((4,), nan), 2, 1).tolist() == [0, 1]
+    assert native.largest(scores[::2], 2, 1).tolist() == [0, 2]
+
+
 @needs_compiler
 def test_rows_that_lie_otherwise_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(passes, "_LARGE_WEIGHT", 0)
