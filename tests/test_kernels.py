@@ -41,6 +41,22 @@ def run(shape=(2, 8, 6, 6), c_out=10, kernel=1, groups=1, dtype=torch.float64, r
     return max((x.grad - dx).abs().max().item(), (w.grad - dw).abs().max().item())
 
 
+def test_a_choice_made_for_a_first_derivative_has_a_second_one(monkeypatch):
+    def second_order():
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 8, 6, 6, generator=g, dtype=torch.float64, requires_grad=True)
+        w = torch.randn(8, 4, 3, 3, generator=g, dtype=torch.float64, requires_grad=True)
+        y = functional.conv2d(x, w, groups=2, drop_rate=0.5)
+        first = torch.autograd.grad(y.square().sum(), (x, w), create_graph=True)
+        return torch.autograd.grad(sum(t.cos().sum() for t in first), (x, w))
+
+    monkeypatch.setattr(kernels, "choose", lambda *args: ways.Ways("gather", "gather"))
+    expected = second_order()
+    monkeypatch.setattr(kernels, "choose", lambda *args: ways.Ways("direct", "direct"))
+    for got, like in zip(second_order(), expected, strict=True):
+        torch.testing.assert_close(got, like, rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_is_measured_unless_asked_for():
     assert kernels.benchmark is False
     run()
