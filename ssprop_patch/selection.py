@@ -128,13 +128,6 @@ def deferred_order(score_fn: ScoreFn) -> int | None:
     return 1 if local is l1_scores else 2 if local is l2_scores else None
 
 
-def _to_score(dy: Tensor, score_fn: ScoreFn) -> Tensor:
-    """Return what ``score_fn`` is given: functions of others know ordinary tensors only."""
-    if isinstance(dy, NormGradient) and deferred_order(score_fn) is None:
-        return dy.form()
-    return dy
-
-
 def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
     """Return the indices of the kept output channels, ascending.
 
@@ -153,10 +146,10 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
     """
     channels = dy.shape[1]
     if not torch.is_grad_enabled():
-        scores = score_fn(_to_score(dy, score_fn))
-    else:  # within a double backward
+        scores = score_fn(dy)
+    else:  # a derivative of this backward is asked for: the choice has none
         with torch.no_grad():
-            scores = score_fn(_to_score(dy, score_fn).detach())
+            scores = score_fn(dy.detach())
     if not isinstance(scores, Tensor) or scores.shape != (channels,):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(

@@ -115,6 +115,12 @@ def test_more_images_than_are_computed_at_a_time(threads, last, n):
 
 
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size, kernel", [((33,), (3,)), ((6, 5), (1, 1))], ids=str)
+def test_images_with_hardly_a_gap_between_them(threads, last, size, kernel):
+    check(size, 12, 3, 6, 2, kernel, n=400, x_last=last, dy_last=last)
+
+
+@pytest.mark.parametrize("last", [False, True])
 def test_images_larger_than_what_is_computed_at_a_time(last):
     check((200, 210), 2, 2, 4, 1, (3, 3), 2, 1, n=2, x_last=last, dy_last=last)
 
