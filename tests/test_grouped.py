@@ -115,9 +115,9 @@ def test_more_images_than_are_computed_at_a_time(threads, last, n):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("size, kernel", [((33,), (3,)), ((6, 5), (1, 1))], ids=str)
-def test_images_with_hardly_a_gap_between_them(threads, last, size, kernel):
-    check(size, 12, 3, 6, 2, kernel, n=400, x_last=last, dy_last=last)
+@pytest.mark.parametrize("size, kernel", [((35,), (1,)), ((7, 5), (1, 1))], ids=str)
+def test_images_with_no_gap_between_them(threads, last, size, kernel):
+    check(size, 12, 3, 6, 2, kernel, n=401, x_last=last, dy_last=last)
 
 
 @pytest.mark.parametrize("last", [False, True])
