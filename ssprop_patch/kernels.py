@@ -113,7 +113,7 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
         return _GATHER if p.groups == 1 or depthwise else _MASK
     if p.groups > 1 and cpu:
         # In channels_last a large kernel or a stride of 1 makes up for what the way into the layout
-        # of these functions takes.
+        # of these functions takes. Timed with AVX2 only.
         if (not last or max(p.stride) == 1 or math.prod(w.shape[2:]) > 9) and (
             "direct" in possible(x, w, p)[0]
         ):

@@ -156,14 +156,14 @@ def direct_dx(kept: Kept) -> Tensor:
     """Return dX of a grouped convolution by a C function."""
     if not _can_be_direct(kept.whole_x, kept.whole_w):  # loaded, or chosen for a first derivative
         return gather(kept, _DX)[0]
-    return grouped_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, *kept.p[:4])
+    return grouped_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
 def direct_dw(kept: Kept) -> Tensor:
     """As :func:`direct_dx`, dW."""
     if not _can_be_direct(kept.whole_x, kept.whole_w):
         return gather(kept, _DW)[1]
-    return grouped_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, *kept.p[:4])
+    return grouped_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
 def _can_be_direct(x: Tensor, w: Tensor) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ssprop_patch import native
+from ssprop_patch.kept import ConvParams
 from ssprop_patch.native import build, grouped
 
 pytestmark = pytest.mark.skipif(
@@ -58,7 +59,8 @@ def check(
         [True, True, False],
     )  # fmt: skip
     x, w = lying(x.to(dtype), x_last), lying(w.to(dtype), w_last)
-    args = (lying(dy[:, index].to(dtype), dy_last), x, w, index, stride, padding, dilation, groups)
+    params = ConvParams(stride, padding, dilation, groups)
+    args = (lying(dy[:, index].to(dtype), dy_last), x, w, index, params)
     assert native.is_available(x) and native.is_available(w) and grouped.is_supported(x, w)
     dx, dw = grouped.grouped_dx(*args), grouped.grouped_dw(*args)
     for got, like, expected in ((dx, x, expected_dx), (dw, w, expected_dw)):
@@ -136,7 +138,7 @@ def test_a_gradient_that_lies_in_no_format():
     x, w = random(generator, 2, 8, 6, 6), random(generator, 8, 1, 3, 3)
     index = torch.tensor([1, 4, 6])
     dy = random(generator, 2, 3, 6, 12)[..., ::2]
-    args = (x, w, index, (1, 1), (1, 1), (1, 1), 8)
+    args = (x, w, index, ConvParams((1, 1), (1, 1), (1, 1), 8))
     assert grouped.grouped_dx(dy, *args).equal(grouped.grouped_dx(dy.contiguous(), *args))
     assert grouped.grouped_dw(dy, *args).equal(grouped.grouped_dw(dy.contiguous(), *args))
 
@@ -156,7 +158,7 @@ def test_what_is_not_finite_stays_in_its_group():
     dy, index = random(generator, 2, 4, 6, 6), torch.tensor([0, 3, 4, 6])
     dy[0, 1] = math.inf
     x[1, 5] = math.nan
-    args = (dy, x, w, index, (1, 1), (1, 1), (1, 1), 4)
+    args = (dy, x, w, index, ConvParams((1, 1), (1, 1), (1, 1), 4))
     dx, dw = grouped.grouped_dx(*args), grouped.grouped_dw(*args)
     assert not dx[0, 2:4].isfinite().any() and dx[0, [0, 1, *range(4, 8)]].isfinite().all()
     assert dx[1].isfinite().all()

@@ -8,13 +8,17 @@ one or two spatial dimensions; as in :mod:`ssprop_patch.native` ask for ``is_ava
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .build import library
 from .tensors import NUMBERS, is_last, threads_for
+
+if TYPE_CHECKING:
+    from ..kept import ConvParams
 
 __all__ = ["grouped_dw", "grouped_dx", "is_supported"]
 
@@ -35,16 +39,7 @@ def is_supported(x: Tensor, w: Tensor) -> bool:
     )
 
 
-def grouped_dx(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    index: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def grouped_dx(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
     """Return dX of a grouped convolution, groups > 1, from the kept channels of dy.
 
     Args:
@@ -53,62 +48,49 @@ def grouped_dx(
         w: (C_out, C_in / groups, *kernel).
         index: (kept,), ascending, the same number in each group; any of them where each group has
             one channel (depthwise). Not checked.
-        stride, padding, dilation, groups: Of the convolution; a number for each dimension.
+        p: Geometry, not transposed.
 
     Raises:
         MemoryError: If there is none for the work of a thread.
     """
-    dx = torch.empty_like(x)
-    _call("grouped_dx", dy, x, w, w.contiguous(), index, dx, stride, padding, dilation, groups)
+    dx, function = torch.empty_like(x), library(NUMBERS[x.dtype], "grouped").grouped_dx
+    _call(function, dy, w.contiguous(), x, w, index, p, dx)
     return dx
 
 
-def grouped_dw(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    index: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def grouped_dw(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
     """Return dW of a grouped convolution, zeros where no channel is kept; as :func:`grouped_dx`."""
     dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    _call("grouped_dw", dy, x, w, x, index, dw, stride, padding, dilation, groups)
+    _call(library(NUMBERS[x.dtype], "grouped").grouped_dw, dy, x, x, w, index, p, dw)
     return dw if w.is_contiguous() else torch.empty_like(w).copy_(dw)
 
 
 def _call(
-    name: str,
+    function: Callable[..., int],
     dy: Tensor,
+    other: Tensor,
     x: Tensor,
     w: Tensor,
-    other: Tensor,
     index: Tensor,
+    p: ConvParams,
     out: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
 ) -> None:
+    """Call a function of grouped.c, which reads ``dy`` and ``other``."""
     if not (dy.is_contiguous() or is_last(dy)):
         dy = dy.contiguous()
     index = index.contiguous()
     n, c_in, *size = x.shape
-    out_size, kernel = dy.shape[2:], w.shape[2:]
+    pairs = [size, dy.shape[2:], w.shape[2:], p.stride, p.padding, p.dilation]
     if len(size) == 1:  # one row
-        size, out_size, kernel, stride, dilation = (
-            (1, *numbers) for numbers in (size, out_size, kernel, stride, dilation)
-        )
-        padding = (0, *padding)
-    depthwise, kept = groups == w.shape[0], dy.shape[1]
-    computed, per_group = (kept, 1) if depthwise else (groups, kept // groups)
+        pairs = [(one, *numbers) for one, numbers in zip((1, 1, 1, 1, 0, 1), pairs, strict=True)]
+    size, out_size, *rest = pairs
+    depthwise, kept = p.groups == w.shape[0], dy.shape[1]
+    computed, per_group = (kept, 1) if depthwise else (p.groups, kept // p.groups)
     shape = _Shape(
         n, c_in, *size, *out_size, w.shape[0], computed, per_group, w.shape[1], depthwise,
-        *kernel, *stride, *padding, *dilation, not x.is_contiguous(), not dy.is_contiguous(),
+        *(number for pair in rest for number in pair),
+        not x.is_contiguous(), not dy.is_contiguous(),
     )  # fmt: skip
-    function = getattr(library(NUMBERS[x.dtype], "grouped"), name)
     done = function(
         dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
     )
@@ -116,4 +98,4 @@ def _call(
         raise MemoryError("no memory for the backward of a grouped convolution")
 
 
-_Shape = ctypes.c_int64 * 21  # as grouped.c has it
+_Shape = ctypes.c_int64 * 21  # as layout.h has it
