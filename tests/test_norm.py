@@ -560,6 +560,16 @@ def test_a_norm_of_another_tensor_is_left_alone(way, norm, formed):
     assert formed["part"] == 0 and formed["whole"] == 2
 
 
+class Frozen(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+
+
+def test_a_forward_that_keeps_to_the_running_statistics_in_training(way, formed):
+    compare_with_oracle(way, net(norm=Frozen), inputs())
+    assert formed["part"] == 0
+
+
 class Keyword(nn.BatchNorm2d):
     def forward(self, *, features, scale=2.0):
         return super().forward(features) * scale

@@ -100,3 +100,12 @@ def test_swapped_tensors(swap):
         assert ssp.get_controller(model).t == 2
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_without_memory_under_autocast():
+    model = ssp.convert(nn.Conv2d(3, 8, 3, device="meta"), 0.5)
+    x = torch.empty(2, 3, 6, 6, device="meta")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    y.sum().backward()
+    assert y.is_meta and model.weight.grad.shape == model.weight.shape
