@@ -584,10 +584,12 @@ class Default(nn.BatchNorm2d):
 def test_forwards_with_arguments_of_their_own(way, formed):
     compare_with_oracle(way, net(norm=Default), inputs())
     assert formed["part"] == 2
-    model = ssp.convert(nn.Sequential(nn.Conv2d(3, 6, 3), Keyword(6)), RATE, selection=way.selection)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Keyword(6))
+    ssp.convert(model, RATE, selection=way.selection)
     assert_same(model[1](features=torch.ones(4, 6, 5, 5)), torch.zeros(4, 6, 5, 5), 1e-6)
     y = model[0](torch.randn(4, 3, 9, 9))
-    assert type(model[1](features=y).grad_fn.next_functions[0][0]).__name__ == "_DeferringNormBackward"
+    node = model[1](features=y).grad_fn.next_functions[0][0]
+    assert type(node).__name__ == "_DeferringNormBackward"
 
 
 def test_metered_it_defers_too(way, formed):
