@@ -107,27 +107,25 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
         x, w, p: Input, weight and geometry.
         k: Kept channels.
     """
-    cpu, last = x.is_cpu, is_channels_last(x)
+    last = is_channels_last(x)
     depthwise = p.groups > 1 and p.groups == p.out_channels(w)
     if p.transposed:
         return _GATHER if p.groups == 1 or depthwise else _MASK
-    if p.groups > 1 and cpu:
-        # In channels_last a large kernel or a stride of 1 makes up for what the way into the layout
-        # of these functions takes. Timed with AVX2 only.
-        if (not last or max(p.stride) == 1 or math.prod(w.shape[2:]) > 9) and (
-            "direct" in possible(x, w, p)[0]
-        ):
-            return _DIRECT
-        return _grouped(x, w, p, depthwise, last)
+    if not x.is_cpu:
+        return _GATHER if p.groups == 1 or (depthwise and not last) else _MASK
     if p.groups > 1:
-        return _GATHER if depthwise and not last else _MASK
-    pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
-    return _pointwise(x, w, p, k, last) if pointwise and cpu else _GATHER
+        return _grouped(x, w, p, depthwise, last)
+    if all(n == 1 for n in w.shape[2:]) and not any(p.padding):
+        return _pointwise(x, w, p, k, last)
+    return _ordinary(x, w, p, k, last)
 
 
 _GATHER, _MATMUL, _MASK, _DIRECT = (Ways(n, n) for n in ("gather", "matmul", "mask", "direct"))
 # The AVX2 kernels for grouped convolutions of contiguous tensors take blocks of so many channels.
 _AVX2_BLOCK = 8
+# Kept channels times taps. Of more of them the first cache does not hold what a position reads;
+# with a stride torch's kernel for contiguous tensors copies dX twice.
+_MOST_TERMS, _MOST_STRIDED_TERMS = 300, 480
 
 
 def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -> Ways:
@@ -135,6 +133,11 @@ def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -
 
     The kernels for some channels of each group are slow but in channels_last.
     """
+    # In channels_last a large kernel or a stride of 1 makes up for what the way into the layout of
+    # the C functions takes. Timed with AVX2 only.
+    pays = not last or max(p.stride) == 1 or math.prod(w.shape[2:]) > 9
+    if pays and "direct" in possible(x, w, p)[0]:
+        return _DIRECT
     if depthwise and last:
         return _GATHER
     if depthwise:
@@ -172,6 +175,22 @@ def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
         return _MATMUL
     many, small = (900, 3e7) if _AVX512 else (100, 1e7)
     return _MATMUL if positions >= many or size <= small else _GATHER
+
+
+def _ordinary(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
+    """As :func:`by_rule`, of an ordinary convolution on a CPU: is it faster by C functions?
+
+    Yes where few enough channels are kept. In channels_last only dW, and not of a few input
+    channels or with a stride, where the way into their layout takes too long. Timed with AVX2 only.
+    """
+    strided = max(p.stride) > 1
+    most = _MOST_STRIDED_TERMS if strided else _MOST_TERMS
+    few = k * math.prod(w.shape[2:]) <= most
+    if _AVX512 or not few or "direct" not in possible(x, w, p)[0]:
+        return _GATHER
+    if not last:
+        return _DIRECT
+    return Ways("gather", "direct") if not strided and x.shape[1] >= 24 else _GATHER
 
 
 # --- measuring ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ A way is a name and a function from :class:`~ssprop_patch.kept.Kept` to dX or to
 - ``forward``: dX as an ordinary convolution of dy with the weight turned around.
 - ``matmul``: a 1x1 convolution as a matrix product.
 - ``mask``: the dense kernel on a dy whose dropped channels are zero.
-- ``direct``: functions of our own for grouped convolutions (:mod:`ssprop_patch.native.grouped`).
+- ``direct``: C functions of our own for few kept channels (:mod:`ssprop_patch.native.conv`).
 
 ``gather``, ``forward`` and ``mask`` exist with ``_nhwc``, too: through copies in channels_last, for
 contiguous tensors on a CPU whose kernels are much faster in that format.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .kept import ConvParams, Grads, Kept, Mask, dense_backward
-from .native.grouped import grouped_dw, grouped_dx, is_supported
+from .native.conv import conv_dw, conv_dx, is_supported
 from .passes import are_for_c, is_channels_last, put_sums
 
 _convolution = torch.ops.aten.convolution.default
@@ -129,10 +129,27 @@ def matmul_dw(kept: Kept) -> Tensor:
         if is_channels_last(x):
             dw = _rows(dy).t() @ _rows(read)
         else:
-            parts = torch.bmm(dy.flatten(2), read.flatten(2).transpose(1, 2))
+            parts = _products(dy.flatten(2), read.flatten(2).transpose(1, 2))
             parts = parts.view(*parts.shape[:2], *kept.whole_w.shape[1:])
             return put_sums(parts, kept.index, kept.whole_w)
     return kept.spread_dw(dw.view(kept.w.shape))
+
+
+# Products of so many elements in all are added up on the way, which takes no longer.
+_LARGE_PRODUCTS = 2**18
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return matrix products of a batch whose sum is that of all ``a[i] @ b[i]``."""
+    n, size = a.shape[0], a.shape[0] * a.shape[1] * b.shape[2]
+    whole = size < _LARGE_PRODUCTS or not a.is_cpu or torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or whole or n <= (at_a_time := torch.get_num_threads()):
+        return torch.bmm(a, b)
+    products = torch.bmm(a[:at_a_time], b[:at_a_time])
+    for first in range(at_a_time, n, at_a_time):
+        some = slice(first, min(first + at_a_time, n))
+        products[: some.stop - first].baddbmm_(a[some], b[some])
+    return products
 
 
 def _is_single(x: Tensor) -> bool:
@@ -153,17 +170,17 @@ def _read(kept: Kept) -> tuple[slice, ...]:
 
 
 def direct_dx(kept: Kept) -> Tensor:
-    """Return dX of a grouped convolution by a C function."""
+    """Return dX by a C function."""
     if not _can_be_direct(kept.whole_x, kept.whole_w):  # loaded, or chosen for a first derivative
         return gather(kept, _DX)[0]
-    return grouped_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
+    return conv_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
 def direct_dw(kept: Kept) -> Tensor:
     """As :func:`direct_dx`, dW."""
     if not _can_be_direct(kept.whole_x, kept.whole_w):
         return gather(kept, _DW)[1]
-    return grouped_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
+    return conv_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
 def _can_be_direct(x: Tensor, w: Tensor) -> bool:
@@ -207,8 +224,9 @@ class Ways(NamedTuple):
         need_x, need_w, need_b = needed
         if self.dx == self.dw and self.dx in TOGETHER:
             return TOGETHER[self.dx](kept, needed)
-        dx = DX[self.dx](kept) if need_x else None
+        # dW first: what it takes on the way is free again before there is a dX.
         dw = DW[self.dw](kept) if need_w else None
+        dx = DX[self.dx](kept) if need_x else None
         return dx, dw, kept.db() if need_b else None
 
 
@@ -235,7 +253,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if several and x.is_cpu and not is_channels_last(x):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
-    if p.groups > 1 and _can_be_direct(x, w):
+    if _can_be_direct(x, w):
         dx.append("direct")
         dw.append("direct")
     return dx, dw

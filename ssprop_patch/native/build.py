@@ -30,11 +30,11 @@ _PASSES = {
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
 }  # fmt: skip
-_GROUPED = {name: (*[_POINTER] * 5, _INT) for name in ("grouped_dx", "grouped_dw")}
+_CONV = {name: (*[_POINTER] * 5, _INT) for name in ("conv_dx", "conv_dw")}
 # Files, functions, and what these return: nothing, or an int that is 0 if one failed.
 _LIBRARIES = {
     "passes": (("channels.c", "norm.c"), _PASSES, None),
-    "grouped": (("grouped.c",), _GROUPED, _INT),
+    "conv": (("conv.c",), _CONV, _INT),
 }
 
 
@@ -44,7 +44,7 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
 
     Args:
         number: What they compute with.
-        name: ``"passes"`` over memory, or ``"grouped"`` convolutions.
+        name: ``"passes"`` over memory, or ``"conv"``, the backward of convolutions.
 
     There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
     torch has other threads than OpenMP's), and where the environment variable

@@ -1,9 +1,10 @@
-/* How grouped.c lays out images, and what moves them there and back.
+/* How conv.c lays out images, and what moves them there and back.
 
-   Every image is flat, with gaps of zeros between its rows wide enough that a tap of the kernel is
-   one shift of the whole. With a stride s the input falls into s * s parts ("phases") of every s-th
-   row and column, and each tap reads one of them. There are two spatial dimensions; the first is 1
-   where a convolution has one. */
+   Every image is flat, with gaps of zeros between its rows and behind its last just wide enough that
+   a tap of the kernel is one shift of the whole: what lies right of a row lies left of the next.
+   With a stride s the input falls into s * s parts ("phases") of every s-th row and column, and each
+   tap reads one of them. There are two spatial dimensions; the first is 1 where a convolution has
+   one. */
 
 #include "common.h"
 #include <stdlib.h>
@@ -23,6 +24,9 @@
 
 /* As many images at a time as fit into so many bytes: what a core has in its second cache. */
 #define WORKING_SET (256 << 10)
+
+/* Input channels of a group at a time, about. */
+#define SLICE 64
 
 /* Channels at a time of a tensor in channels_last, where neighbours share a cache line. */
 #define TOGETHER 16
@@ -48,8 +52,9 @@ typedef struct {
 typedef struct {
     Side x, dy;
     int64_t rows, pitch, image; /* of a phase, with gaps: rows, numbers per row, per image */
-    int64_t images, groups; /* how many at a time */
-    int64_t margin, plane; /* zeros before the first image, numbers per channel and phase */
+    int64_t images, groups, inputs; /* how many at a time, the last of each group */
+    int64_t blocks, chunks, slices; /* and how often: of groups, of images, of input channels */
+    int64_t margin, plane; /* zeros before and behind the images, numbers per channel and phase */
     int64_t taps, *phase, *shift; /* of each tap: which phase it reads, and how far it shifts */
 } Layout;
 
@@ -68,6 +73,31 @@ static int64_t largest(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
+/* Rows, or columns, of an image with its gap. */
+static int64_t with_gap(int64_t size, int64_t out, int64_t reach, int64_t pad, int64_t stride)
+{
+    return largest(divided_up(size + pad, stride), out + largest(reach - pad / stride, 0));
+}
+
+/* How many groups, images and input channels are computed at a time. Of the images it does not
+   depend on the number of threads, so that these change no bit of a sum. */
+static void divide(const Shape *s, Layout *l, int threads)
+{
+    int last = s->x_last || s->dy_last;
+    int64_t together = last ? divided_up(TOGETHER, s->inputs) : 1;
+    l->groups = smallest(together, divided_up(s->groups, threads));
+    l->blocks = divided_up(s->groups, l->groups);
+    int64_t channels = l->groups * (s->kept + smallest(s->inputs, SLICE) * l->x.phases);
+    int64_t fit = WORKING_SET / (int64_t)sizeof(T) / (channels * l->image);
+    l->images = divided_up(s->n, divided_up(s->n, largest(1, fit)));
+    l->chunks = divided_up(s->n, l->images);
+    /* Every thread has some, and as many as the others. */
+    int64_t shares = l->blocks < threads ? threads : 1;
+    int64_t slices = shares * divided_up(s->inputs, shares * SLICE), unit = last ? TOGETHER : 4;
+    l->inputs = smallest(divided_up(divided_up(s->inputs, slices), unit) * unit, s->inputs);
+    l->slices = divided_up(s->inputs, l->inputs);
+}
+
 /* Returns 0 if there is no memory. */
 static int lay_out(const Shape *s, Layout *l, int threads)
 {
@@ -77,16 +107,12 @@ static int lay_out(const Shape *s, Layout *l, int threads)
     l->dy = (Side){s->groups * s->kept, s->out_h, s->out_w, s->dy_last, 1, 1, 0, 0, 1};
     int64_t reach_h = (s->kernel_h - 1) * s->dilation_h / s->stride_h;
     int64_t reach_w = (s->kernel_w - 1) * s->dilation_w / s->stride_w;
-    l->rows = largest(s->out_h + reach_h, divided_up(s->h + s->pad_h, s->stride_h));
-    l->pitch = largest(s->out_w + reach_w, divided_up(s->w + s->pad_w, s->stride_w));
+    l->rows = with_gap(s->h, s->out_h, reach_h, s->pad_h, s->stride_h);
+    l->pitch = with_gap(s->w, s->out_w, reach_w, s->pad_w, s->stride_w);
     l->image = l->rows * l->pitch;
     l->margin = reach_h * l->pitch + reach_w;
-    int64_t together = s->x_last || s->dy_last ? divided_up(TOGETHER, s->inputs) : 1;
-    l->groups = smallest(together, divided_up(s->groups, threads));
-    int64_t channels = l->groups * (s->kept + s->inputs * phases);
-    int64_t fit = WORKING_SET / (int64_t)sizeof(T) / (channels * l->image);
-    l->images = largest(1, smallest(fit, s->n));
-    l->plane = l->margin + l->images * l->image + SLACK;
+    divide(s, l, threads);
+    l->plane = l->margin + l->images * l->image + l->margin + SLACK;
     l->taps = s->kernel_h * s->kernel_w;
     l->phase = malloc(2 * l->taps * sizeof(int64_t));
     if (!l->phase)
@@ -100,16 +126,17 @@ static int lay_out(const Shape *s, Layout *l, int threads)
     return 1;
 }
 
-/* The groups and the images that are computed at a time. */
+/* The groups, the images and the input channels that are computed at a time. */
 typedef struct {
-    int64_t group, groups, image, images;
+    int64_t group, groups, image, images, input, inputs;
 } Part;
 
-static Part part(const Shape *s, const Layout *l, int64_t block, int64_t chunk)
+static Part part(const Shape *s, const Layout *l, int64_t block, int64_t chunk, int64_t slice)
 {
-    Part p = {block * l->groups, 0, chunk * l->images, 0};
+    Part p = {block * l->groups, 0, chunk * l->images, 0, slice * l->inputs, 0};
     p.groups = smallest(l->groups, s->groups - p.group);
     p.images = smallest(l->images, s->n - p.image);
+    p.inputs = smallest(l->inputs, s->inputs - p.input);
     return p;
 }
 
@@ -200,18 +227,25 @@ INLINE void move(
 static int64_t inputs_of(const Shape *s, const int64_t *index, const Part *p, int64_t *at)
 {
     for (int64_t g = 0; g < p->groups; g++) {
-        int64_t first = (s->depthwise ? index[p->group + g] : p->group + g) * s->inputs;
-        for (int64_t c = 0; c < s->inputs; c++)
-            at[g * s->inputs + c] = first + c;
+        int64_t group = s->depthwise ? index[p->group + g] : p->group + g;
+        for (int64_t c = 0; c < p->inputs; c++)
+            at[g * p->inputs + c] = group * s->inputs + p->input + c;
     }
-    return p->groups * s->inputs;
+    return p->groups * p->inputs;
 }
 
 static void put_x(
     const Shape *s, const Layout *l, const T *x, const int64_t *index, const Part *p, int64_t *at,
     T *planes)
 {
-    move(&l->x, l, (T *)x, at, inputs_of(s, index, p, at), p, planes, 0);
+    int64_t count = inputs_of(s, index, p, at);
+    move(&l->x, l, (T *)x, at, count, p, planes, 0);
+    /* Behind the last image another chunk's may be: the last rows of taps read it. */
+    if (p->images < l->images)
+        for (int64_t i = 0; i < count * l->x.phases; i++) {
+            T *end = planes + i * l->plane + l->margin + p->images * l->image;
+            memset(end, 0, l->margin * sizeof(T));
+        }
 }
 
 static void take_dx(

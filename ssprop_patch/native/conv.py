@@ -1,8 +1,9 @@
-"""The backward of grouped convolutions in C, for groups that keep too few channels for a block.
+"""The backward of convolutions in C, for few kept channels.
 
-The kernels of convolution libraries take channels in blocks of 8 or 16 and so compute a group that
-keeps two of its eight channels as if it kept all. These take positions side by side instead. For
-one or two spatial dimensions; as in :mod:`ssprop_patch.native` ask for ``is_available`` first.
+The kernels of convolution libraries take channels in blocks of 8 or 16. They compute a group that
+keeps two of its eight channels as if it kept all, and copy tensors into blocks and back. These take
+positions side by side instead. For one or two spatial dimensions; as in
+:mod:`ssprop_patch.native` ask for ``is_available`` first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .tensors import NUMBERS, is_last, threads_for
 if TYPE_CHECKING:
     from ..kept import ConvParams
 
-__all__ = ["grouped_dw", "grouped_dx", "is_supported"]
+__all__ = ["conv_dw", "conv_dx", "is_supported"]
 
 
 def is_supported(x: Tensor, w: Tensor) -> bool:
@@ -35,33 +36,33 @@ def is_supported(x: Tensor, w: Tensor) -> bool:
         and x.dtype is w.dtype
         and x.numel() > 0
         and w.numel() > 0
-        and library(NUMBERS[x.dtype], "grouped") is not None
+        and library(NUMBERS[x.dtype], "conv") is not None
     )
 
 
-def grouped_dx(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
-    """Return dX of a grouped convolution, groups > 1, from the kept channels of dy.
+def conv_dx(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
+    """Return dX of a convolution from the kept channels of dy.
 
     Args:
         dy: (N, kept, *out): the kept channels only.
         x: (N, C_in, *in); its shape and memory format count.
         w: (C_out, C_in / groups, *kernel).
-        index: (kept,), ascending, the same number in each group; any of them where each group has
-            one channel (depthwise). Not checked.
+        index: (kept,), ascending, the same number in each group; any of them where each of several
+            groups has one channel (depthwise). Not checked.
         p: Geometry, not transposed.
 
     Raises:
         MemoryError: If there is none for the work of a thread.
     """
-    dx, function = torch.empty_like(x), library(NUMBERS[x.dtype], "grouped").grouped_dx
+    dx, function = torch.empty_like(x), library(NUMBERS[x.dtype], "conv").conv_dx
     _call(function, dy, w.contiguous(), x, w, index, p, dx)
     return dx
 
 
-def grouped_dw(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
-    """Return dW of a grouped convolution, zeros where no channel is kept; as :func:`grouped_dx`."""
+def conv_dw(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
+    """Return dW, zeros where no channel is kept; arguments as for :func:`conv_dx`."""
     dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    _call(library(NUMBERS[x.dtype], "grouped").grouped_dw, dy, x, x, w, index, p, dw)
+    _call(library(NUMBERS[x.dtype], "conv").conv_dw, dy, x, x, w, index, p, dw)
     return dw if w.is_contiguous() else torch.empty_like(w).copy_(dw)
 
 
@@ -75,7 +76,7 @@ def _call(
     p: ConvParams,
     out: Tensor,
 ) -> None:
-    """Call a function of grouped.c, which reads ``dy`` and ``other``."""
+    """Call a function of conv.c, which reads ``dy`` and ``other``."""
     if not (dy.is_contiguous() or is_last(dy)):
         dy = dy.contiguous()
     index = index.contiguous()
@@ -84,7 +85,7 @@ def _call(
     if len(size) == 1:  # one row
         pairs = [(one, *numbers) for one, numbers in zip((1, 1, 1, 1, 0, 1), pairs, strict=True)]
     size, out_size, *rest = pairs
-    depthwise, kept = p.groups == w.shape[0], dy.shape[1]
+    depthwise, kept = 1 < p.groups == w.shape[0], dy.shape[1]
     computed, per_group = (kept, 1) if depthwise else (p.groups, kept // p.groups)
     shape = _Shape(
         n, c_in, *size, *out_size, w.shape[0], computed, per_group, w.shape[1], depthwise,
@@ -95,7 +96,7 @@ def _call(
         dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
     )
     if not done:
-        raise MemoryError("no memory for the backward of a grouped convolution")
+        raise MemoryError("no memory for the backward of a convolution")
 
 
 _Shape = ctypes.c_int64 * 21  # as layout.h has it

@@ -1,4 +1,4 @@
-"""The C functions for grouped convolutions against the dense backward on a masked gradient."""
+"""The C functions for convolutions against the dense backward on a masked gradient."""
 
 import itertools
 import math
@@ -8,10 +8,10 @@ import torch
 
 from ssprop_patch import native
 from ssprop_patch.kept import ConvParams
-from ssprop_patch.native import build, grouped
+from ssprop_patch.native import build, conv
 
 pytestmark = pytest.mark.skipif(
-    build.library("double", "grouped") is None, reason="there is no C compiler"
+    build.library("double", "conv") is None, reason="there is no C compiler"
 )
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-12}
 
@@ -61,8 +61,8 @@ def check(
     x, w = lying(x.to(dtype), x_last), lying(w.to(dtype), w_last)
     params = ConvParams(stride, padding, dilation, groups)
     args = (lying(dy[:, index].to(dtype), dy_last), x, w, index, params)
-    assert native.is_available(x) and native.is_available(w) and grouped.is_supported(x, w)
-    dx, dw = grouped.grouped_dx(*args), grouped.grouped_dw(*args)
+    assert native.is_available(x) and native.is_available(w) and conv.is_supported(x, w)
+    dx, dw = conv.conv_dx(*args), conv.conv_dw(*args)
     for got, like, expected in ((dx, x, expected_dx), (dw, w, expected_dw)):
         assert got.dtype == dtype and got.shape == like.shape and got.stride() == like.stride()
         tolerance = TOLERANCES[dtype] * max(1.0, expected.abs().max().item())
@@ -72,7 +72,7 @@ def check(
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(grouped, "threads_for", lambda t: request.param)
+    monkeypatch.setattr(conv, "threads_for", lambda t: request.param)
 
 
 FORMATS = [dict(zip(("x_last", "dy_last", "w_last"), f, strict=True))
@@ -83,8 +83,9 @@ FORMATS = [dict(zip(("x_last", "dy_last", "w_last"), f, strict=True))
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
 @pytest.mark.parametrize("padding, dilation", [(0, 1), (1, 1), ((3, 0), 2), (2, (1, 3))])
-def test_geometry(dtype, layout, stride, padding, dilation):
-    check((11, 14), 3, 4, 5, 2, (3, 3), stride, padding, dilation, dtype=dtype, **layout)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_geometry(dtype, layout, stride, padding, dilation, groups):
+    check((11, 14), groups, 4, 5, 2, (3, 3), stride, padding, dilation, dtype=dtype, **layout)
 
 
 @pytest.mark.parametrize("layout", FORMATS[::3], ids=str)
@@ -94,12 +95,32 @@ def test_kernels_of_any_size(layout, kernel, stride):
     padding = tuple(n // 2 for n in kernel)
     check((9, 8), 6, 1, 1, 4, kernel, stride, padding, **layout)
     check((9, 8), 2, 3, 4, 1, kernel, stride, padding, **layout)
+    check((9, 8), 1, 3, 4, 2, kernel, stride, padding, **layout)
 
 
 @pytest.mark.parametrize("inputs", range(1, 10))
 @pytest.mark.parametrize("kept", range(1, 10))
 def test_every_number_of_channels_fills_its_registers(inputs, kept):
     check((6, 5), 2, inputs, 9, kept, (3, 2), padding=1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("inputs", [3, 64, 77, 130, 201])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_input_channels_than_are_computed_at_a_time(threads, last, groups, inputs, stride):
+    check((7, 6), groups, inputs, 9, 4, (3, 3), stride, 1, n=3, x_last=last, dy_last=last)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kept", [33, 34, 70, 101])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_terms_than_are_computed_at_a_time(last, kept, stride):
+    check((7, 6), 1, 9, 101, kept, (3, 3), stride, 1, x_last=last, dy_last=last)
+
+
+def test_one_channel_is_no_depthwise_convolution():
+    check((7, 6), 1, 5, 1, 1, (3, 3), padding=1)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -139,15 +160,17 @@ def test_a_gradient_that_lies_in_no_format():
     index = torch.tensor([1, 4, 6])
     dy = random(generator, 2, 3, 6, 12)[..., ::2]
     args = (x, w, index, ConvParams((1, 1), (1, 1), (1, 1), 8))
-    assert grouped.grouped_dx(dy, *args).equal(grouped.grouped_dx(dy.contiguous(), *args))
-    assert grouped.grouped_dw(dy, *args).equal(grouped.grouped_dw(dy.contiguous(), *args))
+    assert conv.conv_dx(dy, *args).equal(conv.conv_dx(dy.contiguous(), *args))
+    assert conv.conv_dw(dy, *args).equal(conv.conv_dw(dy.contiguous(), *args))
 
 
-def test_the_number_of_threads_changes_no_bit_of_contiguous_tensors(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 20])
+def test_the_number_of_threads_changes_no_bit_of_contiguous_tensors(groups, monkeypatch):
     found = []
     for number in (1, 2, 3):
-        monkeypatch.setattr(grouped, "threads_for", lambda t, number=number: number)
-        found.append(check((20, 20), 8, 4, 4, 1, (3, 3), padding=1, n=30, dtype=torch.float32))
+        monkeypatch.setattr(conv, "threads_for", lambda t, number=number: number)
+        sizes = ((20, 20), groups, 80 // groups, 8, 2, (3, 3))
+        found.append(check(*sizes, padding=1, n=30, dtype=torch.float32))
     for dx, dw in found[1:]:
         assert dx.equal(found[0][0]) and dw.equal(found[0][1])
 
@@ -159,7 +182,7 @@ def test_what_is_not_finite_stays_in_its_group():
     dy[0, 1] = math.inf
     x[1, 5] = math.nan
     args = (dy, x, w, index, ConvParams((1, 1), (1, 1), (1, 1), 4))
-    dx, dw = grouped.grouped_dx(*args), grouped.grouped_dw(*args)
+    dx, dw = conv.conv_dx(*args), conv.conv_dw(*args)
     assert not dx[0, 2:4].isfinite().any() and dx[0, [0, 1, *range(4, 8)]].isfinite().all()
     assert dx[1].isfinite().all()
     assert not dw[3].isfinite().any() and not dw[4, 1].isfinite().any()
@@ -176,4 +199,4 @@ def test_what_is_not_finite_stays_in_its_group():
     ids=["3d", "no image", "two dtypes"],
 )
 def test_others_are_left_alone(x, w):
-    assert not grouped.is_supported(x, w)
+    assert not conv.is_supported(x, w)
