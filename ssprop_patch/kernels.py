@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,8 +29,9 @@ from torch import Tensor
 
 from ._device import device_name, waiter
 from ._text import columns
-from .kept import ConvParams, Kept
+from .kept import Kept
 from .passes import is_channels_last
+from .rules import by_rule
 from .ways import DW, DX, Ways, possible
 
 #: Whether ways are timed at the first use of a shape. Off, as in cuDNN: choices that differ from
@@ -43,8 +43,6 @@ _MOST_SHAPES = 16
 _REPEATS = 3
 # A way must be so much faster than the rule's: less is noise, and the caches are warmer here.
 _CLEARLY = 0.9
-# A constant, as torch.compile cannot trace the question.
-_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ _shapes_timed: dict[_Key, int] = {}
 
 
 def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
-    """Return how to compute dX and dW: as measured or loaded, else :func:`by_rule`."""
+    """Return how to compute dX and dW: as measured or loaded, else by rule."""
     compiling = torch.compiler.is_compiling()  # first: what follows must not become a guard
     if not compiling and (benchmark or _chosen) and not kept.p.transposed:
         key = _key(kept, need_x, need_w)
@@ -94,103 +92,6 @@ def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
         if choice is not None:
             return Ways(choice.dx, choice.dw)
     return by_rule(kept.whole_x, kept.whole_w, kept.p, kept.index.shape[0])
-
-
-def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
-    """Return the ways that are usually the fastest.
-
-    From timings of layers at drop rate 0.8 on two cores of two AMD EPYCs, with AVX-512 (Zen 5) and
-    without (Zen 3), torch 2.14. The former's smaller convolutions are nearly as fast as their FLOPs
-    say, above all in channels_last. Other devices keep to their convolution kernels.
-
-    Args:
-        x, w, p: Input, weight and geometry.
-        k: Kept channels.
-    """
-    last = is_channels_last(x)
-    depthwise = p.groups > 1 and p.groups == p.out_channels(w)
-    if p.transposed:
-        return _GATHER if p.groups == 1 or depthwise else _MASK
-    if not x.is_cpu:
-        return _GATHER if p.groups == 1 or (depthwise and not last) else _MASK
-    if p.groups > 1:
-        return _grouped(x, w, p, depthwise, last)
-    if all(n == 1 for n in w.shape[2:]) and not any(p.padding):
-        return _pointwise(x, w, p, k, last)
-    return _ordinary(x, w, p, k, last)
-
-
-_GATHER, _MATMUL, _MASK, _DIRECT = (Ways(n, n) for n in ("gather", "matmul", "mask", "direct"))
-# The AVX2 kernels for grouped convolutions of contiguous tensors take blocks of so many channels.
-_AVX2_BLOCK = 8
-# Kept channels times taps. Of more of them the first cache does not hold what a position reads;
-# with a stride torch's kernel for contiguous tensors copies dX twice.
-_MOST_TERMS, _MOST_STRIDED_TERMS = 300, 480
-
-
-def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -> Ways:
-    """As :func:`by_rule`, of a grouped convolution on a CPU: in which format, and is it smaller?
-
-    The kernels for some channels of each group are slow but in channels_last.
-    """
-    # In channels_last a large kernel or a stride of 1 makes up for what the way into the layout of
-    # the C functions takes. Timed with AVX2 only.
-    pays = not last or max(p.stride) == 1 or math.prod(w.shape[2:]) > 9
-    if pays and "direct" in possible(x, w, p)[0]:
-        return _DIRECT
-    if depthwise and last:
-        return _GATHER
-    if depthwise:
-        return _through_nhwc(x, w, p) if _AVX512 or max(w.shape[2:]) > 3 else _GATHER
-    if _AVX512:
-        return _through_nhwc(x, w, p) if max(p.stride) == 1 else _MASK
-    if last and x.dim() == 4:
-        return _GATHER
-    if x.dim() != 4 or w.shape[1] == _AVX2_BLOCK:
-        return _MASK
-    nhwc = _through_nhwc(x, w, p)
-    return nhwc._replace(dx="forward") if "forward" in possible(x, w, p)[0] else nhwc
-
-
-def _through_nhwc(x: Tensor, w: Tensor, p: ConvParams) -> Ways:
-    name = "gather_nhwc" if "gather_nhwc" in possible(x, w, p)[0] else "gather"
-    return Ways(name, name)
-
-
-def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
-    """As :func:`by_rule`, of a 1x1 convolution on a CPU: is it faster as a matrix product?
-
-    Yes where it is small (less to prepare), where it has a stride, and, of a contiguous tensor,
-    where it has many positions.
-    """
-    positions = math.prod(x.shape[2:])
-    if positions == 1:  # squeeze and excitation: a quarter of the time
-        return _MATMUL
-    size = x.shape[0] * positions * x.shape[1] * k
-    if last:
-        return _MATMUL if (size <= 8e6 if _AVX512 else k >= 32) else _GATHER
-    if x.dtype not in (torch.float32, torch.float64):  # see ways.possible
-        return _GATHER
-    if max(p.stride) > 1:
-        return _MATMUL
-    many, small = (900, 3e7) if _AVX512 else (100, 1e7)
-    return _MATMUL if positions >= many or size <= small else _GATHER
-
-
-def _ordinary(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
-    """As :func:`by_rule`, of an ordinary convolution on a CPU: is it faster by C functions?
-
-    Yes where few enough channels are kept. In channels_last only dW, and not of a few input
-    channels or with a stride, where the way into their layout takes too long. Timed with AVX2 only.
-    """
-    strided = max(p.stride) > 1
-    most = _MOST_STRIDED_TERMS if strided else _MOST_TERMS
-    few = k * math.prod(w.shape[2:]) <= most
-    if _AVX512 or not few or "direct" not in possible(x, w, p)[0]:
-        return _GATHER
-    if not last:
-        return _DIRECT
-    return Ways("gather", "direct") if not strided and x.shape[1] >= 24 else _GATHER
 
 
 # --- measuring ----------------------------------------------------------------------------------

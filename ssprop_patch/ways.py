@@ -171,19 +171,20 @@ def _read(kept: Kept) -> tuple[slice, ...]:
 
 def direct_dx(kept: Kept) -> Tensor:
     """Return dX by a C function."""
-    if not _can_be_direct(kept.whole_x, kept.whole_w):  # loaded, or chosen for a first derivative
+    if not can_be_direct(kept.whole_x, kept.whole_w):  # loaded, or chosen for a first derivative
         return gather(kept, _DX)[0]
     return conv_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
 def direct_dw(kept: Kept) -> Tensor:
     """As :func:`direct_dx`, dW."""
-    if not _can_be_direct(kept.whole_x, kept.whole_w):
+    if not can_be_direct(kept.whole_x, kept.whole_w):
         return gather(kept, _DW)[1]
     return conv_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
-def _can_be_direct(x: Tensor, w: Tensor) -> bool:
+def can_be_direct(x: Tensor, w: Tensor) -> bool:
+    """Whether the C functions can take a convolution that is not transposed."""
     return are_for_c(x, w) and is_supported(x, w)
 
 
@@ -253,7 +254,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if several and x.is_cpu and not is_channels_last(x):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
-    if _can_be_direct(x, w):
+    if can_be_direct(x, w):
         dx.append("direct")
         dw.append("direct")
     return dx, dw

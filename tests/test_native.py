@@ -12,7 +12,7 @@ from ssprop_patch import native, passes
 from ssprop_patch.native import build
 
 needs_compiler = pytest.mark.skipif(
-    build.library("double") is None, reason="there is no C compiler"
+    build.find_compiler() is None, reason="there is no C compiler"
 )
 DTYPES = {torch.float32: 2e-5, torch.float64: 1e-12}  # and what rounding may cost
 

@@ -11,7 +11,7 @@ from ssprop_patch.kept import ConvParams
 from ssprop_patch.native import build, conv
 
 pytestmark = pytest.mark.skipif(
-    build.library("double", "conv") is None, reason="there is no C compiler"
+    build.find_compiler() is None, reason="there is no C compiler"
 )
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-12}
 
@@ -154,6 +154,21 @@ def test_one_spatial_dimension(last, stride):
     check((33,), 4, 3, 6, 2, (5,), stride, 2, n=3, x_last=last, dy_last=last)
 
 
+@pytest.mark.parametrize("layout", FORMATS[::3], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2, 3)])
+@pytest.mark.parametrize("padding, dilation", [(0, 1), (1, 1), ((2, 0, 1), (1, 2, 1)), (3, 1)])
+def test_three_spatial_dimensions(layout, groups, stride, padding, dilation):
+    check((5, 6, 7), groups, 5, 6, 2, (3, 2, 3), stride, padding, dilation, n=3, **layout)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (3, 1, 1)])
+def test_depthwise_in_three_spatial_dimensions(threads, last, kernel):
+    padding = tuple(n // 2 for n in kernel)
+    check((4, 6, 5), 12, 1, 1, 5, kernel, 1, padding, n=7, x_last=last, dy_last=last)
+
+
 def test_a_gradient_that_lies_in_no_format():
     generator = torch.Generator().manual_seed(0)
     x, w = random(generator, 2, 8, 6, 6), random(generator, 8, 1, 3, 3)
@@ -192,11 +207,11 @@ def test_what_is_not_finite_stays_in_its_group():
 @pytest.mark.parametrize(
     "x, w",
     [
-        (torch.zeros(2, 4, 3, 3, 3), torch.zeros(4, 1, 3, 3, 3)),
+        (torch.zeros(2, 4, 1, 3, 3, 3), torch.zeros(4, 1, 1, 3, 3, 3)),
         (torch.zeros(0, 4, 3, 3), torch.zeros(4, 1, 3, 3)),
         (torch.zeros(2, 4, 3, 3), torch.zeros(4, 1, 3, 3, dtype=torch.float64)),
     ],
-    ids=["3d", "no image", "two dtypes"],
+    ids=["4d", "no image", "two dtypes"],
 )
 def test_others_are_left_alone(x, w):
     assert not conv.is_supported(x, w)

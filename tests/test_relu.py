@@ -15,7 +15,7 @@ import ssprop_patch as ssp
 from ssprop_patch import native, norm, passes, relu
 from ssprop_patch.relu import PatchedReLU
 
-pytestmark = pytest.mark.skipif(native.build.library("double") is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(native.build.find_compiler() is None, reason="no C compiler")
 
 RATE = 0.6
 ORDER = {"l1": 1, "l2": 2}

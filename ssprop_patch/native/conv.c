@@ -7,7 +7,7 @@
        dX[f] = sum over kept channels and taps of dY[f - shift] * w
        dW    = sum over f of dY[f] * X[f + shift] */
 
-#include "layout.h"
+#include "move.h"
 
 /* Loaded from and stored to any address of a T. */
 typedef T V __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
@@ -72,13 +72,14 @@ static void dx_of_phase(
     const Layout *l, const Part *p, const T *const *terms, int64_t count, const T *packed, T *out)
 {
     int64_t stride = l->x.phases * l->plane;
-    for (int64_t first = 0; first < count || !first; first += TERMS)
+    int64_t parts = largest(1, divided_up(count, TERMS)), most = divided_up(count, parts);
+    for (int64_t part = 0, first = 0; part < parts; part++, first += most)
         for (int64_t f = 0; f < p->images * l->image; f += POSITIONS * LANES)
             for (int64_t block = 0; block < p->inputs; block += CHANNELS) {
                 int64_t channels = smallest(p->inputs - block, CHANNELS);
                 const T *w = packed + block * count + first * channels;
                 const T *const *from = terms + first;
-                int64_t some = smallest(count - first, TERMS);
+                int64_t some = smallest(count - first, most);
                 T *to = out + block * stride;
                 switch (channels) {
                 case 1: dx_of_channels(from, w, some, f, !first, to, stride, 1); break;
@@ -129,8 +130,8 @@ int conv_dx(
             failed = 1;
         }
 #pragma omp barrier
-        if (s->depthwise) { /* the groups that are left out */
-            int64_t size = s->c_in * s->h * s->w;
+        if (s->depthwise && !l.by_image) { /* the groups that are left out */
+            int64_t size = s->c_in * s->in[0] * s->in[1] * s->in[2];
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s->n; i++)
                 memset(dx + i * size, 0, size * sizeof(T));
@@ -237,10 +238,23 @@ static void dw_of_group(
             terms[c * l->taps + t] = x + plane * l->plane + l->margin + l->shift[t];
         }
     /* Up to the last number that is not in a gap. */
-    int64_t size = (p->images - 1) * l->image + (s->out_h - 1) * l->pitch + s->out_w;
+    int64_t end[3] = {s->out[0] - 1, s->out[1] - 1, s->out[2]};
+    int64_t size = (p->images - 1) * l->image + distance(l, end);
     for (int64_t o = 0, channels; o < s->kept; o += channels) {
         channels = s->kept - o == 3 || s->kept - o > 4 ? 3 : smallest(s->kept - o, 2);
         dw_of_channels(dy_terms + o, terms, size, sums + o * width, width, channels);
+    }
+}
+
+/* Writes the sums of some groups and inputs to their places. */
+static void put_dw(
+    const Shape *s, const Layout *l, const Part *p, const int64_t *index, const double *sums, T *dw)
+{
+    int64_t width = p->inputs * l->taps;
+    for (int64_t o = 0; o < p->groups * s->kept; o++) {
+        int64_t row = index[p->group * s->kept + o] * s->inputs + p->input;
+        for (int64_t t = 0; t < width; t++)
+            dw[row * l->taps + t] = (T)sums[o * width + t];
     }
 }
 
@@ -251,18 +265,21 @@ int conv_dw(
     Layout l;
     if (!lay_out(s, &l, threads))
         return 0;
-    int64_t jobs = l.blocks * l.slices;
+    /* Where threads share the images, each chunk has sums of its own, which are added up at last. */
+    int64_t parts = l.by_image ? l.chunks : 1, jobs = l.blocks * l.slices * parts;
     int64_t step = l.x.phases * l.plane, most = l.inputs * l.taps;
-    int failed = 0;
+    int64_t size = l.groups * s->kept * most;
+    double *shared = l.by_image ? malloc(parts * size * sizeof(double)) : NULL;
+    int failed = l.by_image && !shared;
     memset(dw, 0, s->c_out * s->inputs * l.taps * sizeof(T));
 #pragma omp parallel num_threads(threads)
     {
         T *dy_planes = calloc(l.groups * s->kept * l.plane, sizeof(T));
         T *x_planes = calloc(l.groups * l.inputs * step, sizeof(T));
-        double *sums = malloc(l.groups * s->kept * most * sizeof(double));
+        double *own = malloc(size * sizeof(double));
         const T **terms = malloc((s->kept + most) * sizeof(T *)), **dy_terms = terms + most;
         int64_t *at = malloc(l.groups * (s->kept + l.inputs) * sizeof(int64_t));
-        if (!dy_planes || !x_planes || !sums || !terms || !at) {
+        if (!dy_planes || !x_planes || !own || !terms || !at) {
 #pragma omp atomic write
             failed = 1;
         }
@@ -271,10 +288,12 @@ int conv_dw(
         for (int64_t job = 0; job < jobs; job++) {
             if (failed)
                 continue;
-            memset(sums, 0, l.groups * s->kept * most * sizeof(double));
+            double *sums = l.by_image ? shared + job * size : own;
+            memset(sums, 0, size * sizeof(double));
+            int64_t place = job / parts, first = job % parts, last = parts > 1 ? first + 1 : l.chunks;
             Part p;
-            for (int64_t chunk = 0; chunk < l.chunks; chunk++) {
-                p = part(s, &l, job / l.slices, chunk, job % l.slices);
+            for (int64_t chunk = first; chunk < last; chunk++) {
+                p = part(s, &l, place / l.slices, chunk, place % l.slices);
                 put_dy(s, &l, dy, &p, at, dy_planes);
                 put_x(s, &l, x, index, &p, at, x_planes);
                 for (int64_t g = 0; g < p.groups; g++)
@@ -283,19 +302,22 @@ int conv_dw(
                         x_planes + g * p.inputs * step, terms, dy_terms,
                         sums + g * s->kept * p.inputs * l.taps);
             }
-            int64_t width = p.inputs * l.taps;
-            for (int64_t o = 0; o < p.groups * s->kept; o++) {
-                int64_t row = index[p.group * s->kept + o] * s->inputs + p.input;
-                for (int64_t t = 0; t < width; t++)
-                    dw[row * l.taps + t] = (T)sums[o * width + t];
-            }
+            if (!l.by_image)
+                put_dw(s, &l, &p, index, sums, dw);
         }
         free(dy_planes);
         free(x_planes);
-        free(sums);
+        free(own);
         free(terms);
         free(at);
     }
+    if (l.by_image && !failed) {
+        for (int64_t i = size; i < parts * size; i++)
+            shared[i % size] += shared[i];
+        Part all = part(s, &l, 0, 0, 0);
+        put_dw(s, &l, &all, index, shared, dw);
+    }
+    free(shared);
     free(l.phase);
     return !failed;
 }

@@ -2,7 +2,7 @@
 
 The kernels of convolution libraries take channels in blocks of 8 or 16. They compute a group that
 keeps two of its eight channels as if it kept all, and copy tensors into blocks and back. These take
-positions side by side instead. For one or two spatial dimensions; as in
+positions side by side instead. As in
 :mod:`ssprop_patch.native` ask for ``is_available`` first.
 """
 
@@ -32,7 +32,7 @@ def is_supported(x: Tensor, w: Tensor) -> bool:
         w: (C_out, C_in / groups, *kernel).
     """
     return (
-        x.dim() in (3, 4)
+        x.dim() in (3, 4, 5)
         and x.dtype is w.dtype
         and x.numel() > 0
         and w.numel() > 0
@@ -80,16 +80,17 @@ def _call(
     if not (dy.is_contiguous() or is_last(dy)):
         dy = dy.contiguous()
     index = index.contiguous()
-    n, c_in, *size = x.shape
-    pairs = [size, dy.shape[2:], w.shape[2:], p.stride, p.padding, p.dilation]
-    if len(size) == 1:  # one row
-        pairs = [(one, *numbers) for one, numbers in zip((1, 1, 1, 1, 0, 1), pairs, strict=True)]
-    size, out_size, *rest = pairs
+    sizes = (x.shape[2:], dy.shape[2:], w.shape[2:], p.stride, p.padding, p.dilation)
+    missing = 5 - x.dim()  # of three spatial dimensions
+    size, out_size, *rest = (
+        (*[filling] * missing, *numbers)
+        for filling, numbers in zip((1, 1, 1, 1, 0, 1), sizes, strict=True)
+    )
     depthwise, kept = 1 < p.groups == w.shape[0], dy.shape[1]
     computed, per_group = (kept, 1) if depthwise else (p.groups, kept // p.groups)
     shape = _Shape(
-        n, c_in, *size, *out_size, w.shape[0], computed, per_group, w.shape[1], depthwise,
-        *(number for pair in rest for number in pair),
+        *x.shape[:2], *size, *out_size, w.shape[0], computed, per_group, w.shape[1], depthwise,
+        *(number for numbers in rest for number in numbers),
         not x.is_contiguous(), not dy.is_contiguous(),
     )  # fmt: skip
     done = function(
@@ -99,4 +100,4 @@ def _call(
         raise MemoryError("no memory for the backward of a convolution")
 
 
-_Shape = ctypes.c_int64 * 21  # as layout.h has it
+_Shape = ctypes.c_int64 * 27  # as layout.h has it

@@ -1,10 +1,10 @@
-/* How conv.c lays out images, and what moves them there and back.
+/* How conv.c lays out images; move.h brings them there and back.
 
    Every image is flat, with gaps of zeros between its rows and behind its last just wide enough that
-   a tap of the kernel is one shift of the whole: what lies right of a row lies left of the next.
-   With a stride s the input falls into s * s parts ("phases") of every s-th row and column, and each
-   tap reads one of them. There are two spatial dimensions; the first is 1 where a convolution has
-   one. */
+   a tap of the kernel is one shift of the whole: what lies right of a row lies left of the next. So
+   it is with what lies below, and in depth. With a stride s the input falls into s parts ("phases")
+   of every s-th row, s of every s-th column, and each tap reads one of them. There are three spatial
+   dimensions; the first are 1 where a convolution has fewer. */
 
 #include "common.h"
 #include <stdlib.h>
@@ -30,30 +30,30 @@
 
 /* Channels at a time of a tensor in channels_last, where neighbours share a cache line. */
 #define TOGETHER 16
-/* Positions that are asked for ahead there: the processor does not see where reading goes on. */
-#define AHEAD 16
 
 /* What the caller gives, in this order. */
 typedef struct {
-    int64_t n, c_in, h, w, out_h, out_w, c_out;
+    int64_t n, c_in, in[3], out[3], c_out;
     /* Groups that are computed, and the kept and the input channels of each. Of a depthwise
        convolution that is one channel, or some of them; `index` then says which. */
     int64_t groups, kept, inputs, depthwise;
-    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+    int64_t kernel[3], stride[3], pad[3], dilation[3];
     int64_t x_last, dy_last; /* whether they are in channels_last */
 } Shape;
 
 /* X (or dX) or dY: n images of `channels` channels, in memory and in the layout, where they are in
    `phases` parts and `pad` from the edge. */
 typedef struct {
-    int64_t channels, h, w, last, stride_h, stride_w, pad_h, pad_w, phases;
+    int64_t channels, last, phases;
+    const int64_t *size, *stride, *pad;
 } Side;
 
 typedef struct {
     Side x, dy;
-    int64_t rows, pitch, image; /* of a phase, with gaps: rows, numbers per row, per image */
+    int64_t wide[3], image; /* of a phase, with gaps: of each dimension, numbers per image */
     int64_t images, groups, inputs; /* how many at a time, the last of each group */
     int64_t blocks, chunks, slices; /* and how often: of groups, of images, of input channels */
+    int by_image; /* whether threads share the images, not the channels */
     int64_t margin, plane; /* zeros before and behind the images, numbers per channel and phase */
     int64_t taps, *phase, *shift; /* of each tap: which phase it reads, and how far it shifts */
 } Layout;
@@ -79,49 +79,66 @@ static int64_t with_gap(int64_t size, int64_t out, int64_t reach, int64_t pad, i
     return largest(divided_up(size + pad, stride), out + largest(reach - pad / stride, 0));
 }
 
-/* How many groups, images and input channels are computed at a time. Of the images it does not
-   depend on the number of threads, so that these change no bit of a sum. */
+/* How many groups, images and input channels are computed at a time. Of the images it depends on the
+   number of threads only where these share them: else that changes no bit of a sum. */
 static void divide(const Shape *s, Layout *l, int threads)
 {
     int last = s->x_last || s->dy_last;
     int64_t together = last ? divided_up(TOGETHER, s->inputs) : 1;
     l->groups = smallest(together, divided_up(s->groups, threads));
+    /* Scattered channels have their cache lines in common with those of all other groups. */
+    l->by_image = s->depthwise && s->x_last && s->n >= threads;
+    if (l->by_image)
+        l->groups = s->groups;
     l->blocks = divided_up(s->groups, l->groups);
     int64_t channels = l->groups * (s->kept + smallest(s->inputs, SLICE) * l->x.phases);
     int64_t fit = WORKING_SET / (int64_t)sizeof(T) / (channels * l->image);
-    l->images = divided_up(s->n, divided_up(s->n, largest(1, fit)));
+    int64_t chunks = divided_up(s->n, largest(1, fit));
+    l->images = divided_up(s->n, largest(chunks, l->by_image ? threads : 1));
     l->chunks = divided_up(s->n, l->images);
     /* Every thread has some, and as many as the others. */
-    int64_t shares = l->blocks < threads ? threads : 1;
+    int64_t shares = l->blocks < threads && !l->by_image ? threads : 1;
     int64_t slices = shares * divided_up(s->inputs, shares * SLICE), unit = last ? TOGETHER : 4;
     l->inputs = smallest(divided_up(divided_up(s->inputs, slices), unit) * unit, s->inputs);
     l->slices = divided_up(s->inputs, l->inputs);
 }
 
+/* So many columns, rows and planes, in numbers. */
+static int64_t distance(const Layout *l, const int64_t *steps)
+{
+    return (steps[0] * l->wide[1] + steps[1]) * l->wide[2] + steps[2];
+}
+
 /* Returns 0 if there is no memory. */
 static int lay_out(const Shape *s, Layout *l, int threads)
 {
-    int64_t phases = s->stride_h * s->stride_w;
-    l->x = (Side){s->c_in, s->h, s->w, s->x_last, s->stride_h, s->stride_w, s->pad_h, s->pad_w,
-                  phases};
-    l->dy = (Side){s->groups * s->kept, s->out_h, s->out_w, s->dy_last, 1, 1, 0, 0, 1};
-    int64_t reach_h = (s->kernel_h - 1) * s->dilation_h / s->stride_h;
-    int64_t reach_w = (s->kernel_w - 1) * s->dilation_w / s->stride_w;
-    l->rows = with_gap(s->h, s->out_h, reach_h, s->pad_h, s->stride_h);
-    l->pitch = with_gap(s->w, s->out_w, reach_w, s->pad_w, s->stride_w);
-    l->image = l->rows * l->pitch;
-    l->margin = reach_h * l->pitch + reach_w;
+    static const int64_t ones[3] = {1, 1, 1}, zeros[3];
+    int64_t phases = s->stride[0] * s->stride[1] * s->stride[2], reach[3];
+    l->x = (Side){s->c_in, s->x_last, phases, s->in, s->stride, s->pad};
+    l->dy = (Side){s->groups * s->kept, s->dy_last, 1, s->out, ones, zeros};
+    for (int i = 0; i < 3; i++) {
+        reach[i] = (s->kernel[i] - 1) * s->dilation[i] / s->stride[i];
+        l->wide[i] = with_gap(s->in[i], s->out[i], reach[i], s->pad[i], s->stride[i]);
+    }
+    l->image = l->wide[0] * l->wide[1] * l->wide[2];
+    l->margin = distance(l, reach);
     divide(s, l, threads);
     l->plane = l->margin + l->images * l->image + l->margin + SLACK;
-    l->taps = s->kernel_h * s->kernel_w;
+    l->taps = s->kernel[0] * s->kernel[1] * s->kernel[2];
     l->phase = malloc(2 * l->taps * sizeof(int64_t));
     if (!l->phase)
         return 0;
     l->shift = l->phase + l->taps;
-    for (int64_t i = 0; i < l->taps; i++) {
-        int64_t down = i / s->kernel_w * s->dilation_h, right = i % s->kernel_w * s->dilation_w;
-        l->phase[i] = down % s->stride_h * s->stride_w + right % s->stride_w;
-        l->shift[i] = down / s->stride_h * l->pitch + right / s->stride_w;
+    for (int64_t t = 0; t < l->taps; t++) {
+        int64_t at[3] = {t / s->kernel[2] / s->kernel[1], t / s->kernel[2] % s->kernel[1],
+                         t % s->kernel[2]};
+        l->phase[t] = 0;
+        for (int i = 0; i < 3; i++) {
+            int64_t there = at[i] * s->dilation[i];
+            l->phase[t] = l->phase[t] * s->stride[i] + there % s->stride[i];
+            at[i] = there / s->stride[i];
+        }
+        l->shift[t] = distance(l, at);
     }
     return 1;
 }
@@ -138,131 +155,4 @@ static Part part(const Shape *s, const Layout *l, int64_t block, int64_t chunk, 
     p.images = smallest(l->images, s->n - p.image);
     p.inputs = smallest(l->inputs, s->inputs - p.input);
     return p;
-}
-
-/* --- in and out of the layout ----------------------------------------------------------------- */
-
-#define MOVE(number, in_layout)                                                                    \
-    (out ? (void)((number) = (in_layout)) : (void)((in_layout) = (number)))
-
-/* One row of a channel, from or to the phases that hold its columns. */
-INLINE void move_row(
-    T *restrict row, T *restrict phases, int64_t plane, int64_t size, int64_t pad, int64_t stride,
-    int out)
-{
-    if (stride == 1) {
-        out ? memcpy(row, phases + pad, size * sizeof(T))
-            : memcpy(phases + pad, row, size * sizeof(T));
-        return;
-    }
-    int64_t j = 0;
-    if (stride == 2) { /* in pairs, which can be vectorised */
-        T *restrict even = phases + (pad + 1) / 2, *restrict odd = even + plane;
-        if (pad % 2 && size)
-            MOVE(row[j++], phases[plane + pad / 2]);
-        T *restrict from = row + j;
-        int64_t pairs = (size - j) / 2;
-        for (int64_t i = 0; i < pairs; i++) {
-            MOVE(from[2 * i], even[i]);
-            MOVE(from[2 * i + 1], odd[i]);
-        }
-        if (j + 2 * pairs < size)
-            MOVE(from[2 * pairs], even[pairs]);
-        return;
-    }
-    for (; j < size; j++)
-        MOVE(row[j], phases[(j + pad) % stride * plane + (j + pad) / stride]);
-}
-
-/* One row of all channels, which lie side by side; `at` are the ones to move. */
-INLINE void move_row_last(
-    T *row, int64_t channels, const int64_t *restrict at, int64_t count, T *phases, int64_t step,
-    int64_t plane, int64_t size, int64_t pad, int64_t stride, int out)
-{
-    int64_t right = pad % stride, column = pad / stride;
-    for (int64_t j = 0; j < size; j++, row += channels) {
-        T *to = phases + right * plane + column;
-        __builtin_prefetch(row + AHEAD * channels + at[0], out);
-        __builtin_prefetch(row + AHEAD * channels + at[count - 1], out);
-        for (int64_t c = 0; c < count; c++)
-            MOVE(row[at[c]], to[c * step]);
-        if (++right == stride) {
-            right = 0;
-            column++;
-        }
-    }
-}
-
-/* The channels `at` of some images, into or out of the layout: [count][phases]. */
-INLINE void move(
-    const Side *s, const Layout *l, T *all, const int64_t *at, int64_t count, const Part *p,
-    T *planes, int out)
-{
-    int64_t step = s->phases * l->plane;
-    for (int64_t c = 0; c < (s->last ? 1 : count); c++)
-        for (int64_t i = 0; i < p->images; i++) {
-            int64_t channel = (p->image + i) * s->channels + (s->last ? 0 : at[c]);
-            T *row = all + channel * s->h * s->w;
-            T *image = planes + c * step + l->margin + i * l->image;
-            int64_t down = s->pad_h % s->stride_h, from = s->pad_h / s->stride_h * l->pitch;
-            for (int64_t r = 0; r < s->h; r++) {
-                T *phases = image + down * s->stride_w * l->plane + from;
-                if (s->last) {
-                    move_row_last(
-                        row, s->channels, at, count, phases, step, l->plane,
-                        s->w, s->pad_w, s->stride_w, out);
-                    row += s->w * s->channels;
-                } else {
-                    move_row(row, phases, l->plane, s->w, s->pad_w, s->stride_w, out);
-                    row += s->w;
-                }
-                if (++down == s->stride_h) {
-                    down = 0;
-                    from += l->pitch;
-                }
-            }
-        }
-}
-
-static int64_t inputs_of(const Shape *s, const int64_t *index, const Part *p, int64_t *at)
-{
-    for (int64_t g = 0; g < p->groups; g++) {
-        int64_t group = s->depthwise ? index[p->group + g] : p->group + g;
-        for (int64_t c = 0; c < p->inputs; c++)
-            at[g * p->inputs + c] = group * s->inputs + p->input + c;
-    }
-    return p->groups * p->inputs;
-}
-
-static void put_x(
-    const Shape *s, const Layout *l, const T *x, const int64_t *index, const Part *p, int64_t *at,
-    T *planes)
-{
-    int64_t count = inputs_of(s, index, p, at);
-    move(&l->x, l, (T *)x, at, count, p, planes, 0);
-    /* Behind the last image another chunk's may be: the last rows of taps read it. */
-    if (p->images < l->images)
-        for (int64_t i = 0; i < count * l->x.phases; i++) {
-            T *end = planes + i * l->plane + l->margin + p->images * l->image;
-            memset(end, 0, l->margin * sizeof(T));
-        }
-}
-
-static void take_dx(
-    const Shape *s, const Layout *l, T *dx, const int64_t *index, const Part *p, int64_t *at,
-    T *planes)
-{
-    move(&l->x, l, dx, at, inputs_of(s, index, p, at), p, planes, 1);
-}
-
-static void put_dy(
-    const Shape *s, const Layout *l, const T *dy, const Part *p, int64_t *at, T *planes)
-{
-    int64_t count = p->groups * s->kept;
-    for (int64_t o = 0; o < count; o++)
-        at[o] = p->group * s->kept + o;
-    move(&l->dy, l, (T *)dy, at, count, p, planes, 0);
-    /* Behind the last image another group's may be: the last vector of a row of sums reads it. */
-    for (int64_t o = 0; o < count; o++)
-        memset(planes + o * l->plane + l->margin + p->images * l->image, 0, LANES * sizeof(T));
 }
