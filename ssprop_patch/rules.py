@@ -83,7 +83,8 @@ def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
         return _MATMUL
     size = x.shape[0] * positions * x.shape[1] * k
     if last:
-        return _MATMUL if (size <= 8e6 if _AVX512 else k >= 32) else _GATHER
+        pays = size <= 8e6 if _AVX512 else k >= 32 or x.numel() <= 2**19
+        return _MATMUL if pays else _GATHER
     if x.dtype not in (torch.float32, torch.float64):  # see ways.possible
         return _GATHER
     if max(p.stride) > 1:

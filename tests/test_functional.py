@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssprop_patch import functional, kernels
-from ssprop_patch.selection import kept_channels, selectable_channels
+from ssprop_patch.backward import sparse_backward
+from ssprop_patch.kept import ConvParams
+from ssprop_patch.selection import (
+    kept_channels,
+    l1_scores,
+    l2_scores,
+    random_scores,
+    selectable_channels,
+)
 from ssprop_patch.ways import DW, DX, Ways, possible
 
 pytestmark = [
@@ -510,6 +518,20 @@ def test_nothing_waits_for_the_device(groups, layout, selection):
         y.backward(dy)
     for t in (x, w, b):
         assert t.grad.shape == t.shape and _strides(t.grad) == _strides(t)
+
+
+@pytest.mark.parametrize("scores", [l1_scores, l2_scores, random_scores])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_runs_on_a_gpu_waits_for_nothing(dtype, groups, layout, scores):
+    # As above, of the code for CUDA; autograd itself needs a device that is there.
+    params = ConvParams((1, 1), (0, 0), (1, 1), groups)
+    with FakeTensorMode():
+        x, w, b, dy = (t.detach().to("cuda", dtype) for t in _layer(groups, layout))
+        grads = sparse_backward(dy, x, w, params, 2, scores, (True, True, True))
+    for like, grad in zip((x, w, b), grads, strict=True):
+        assert grad.shape == like.shape and grad.dtype == dtype and grad.device == x.device
 
 
 def test_tensors_without_memory_pass_as_through_the_dense_convolution():

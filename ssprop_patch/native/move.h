@@ -5,6 +5,8 @@
 /* Positions that are asked for ahead where channels lie side by side: the processor does not see
    where reading goes on. */
 #define AHEAD 16
+#define PREFETCH(address, to_write)                                                                \
+    ((to_write) ? __builtin_prefetch(address, 1) : __builtin_prefetch(address, 0))
 
 #define MOVE(number, in_layout)                                                                    \
     (out ? (void)((number) = (in_layout)) : (void)((in_layout) = (number)))
@@ -70,8 +72,8 @@ INLINE void move_one_by_one(
     row += from * channels;
     for (int64_t j = from; j < size; j++, row += channels) {
         T *to = phases + right * plane + column;
-        __builtin_prefetch(row + AHEAD * channels + at[0], out);
-        __builtin_prefetch(row + AHEAD * channels + at[count - 1], out);
+        PREFETCH(row + AHEAD * channels + at[0], out);
+        PREFETCH(row + AHEAD * channels + at[count - 1], out);
         for (int64_t c = 0; c < count; c++)
             MOVE(row[at[c]], to[c * step]);
         if (++right == stride) {
@@ -92,8 +94,8 @@ INLINE void move_fours(
         T *from = row + first * channels + at[0];
         T *to = phases + (first + pad) % stride * plane + (first + pad) / stride;
         for (int64_t i = 0; i < 4; i++) {
-            __builtin_prefetch(from + (AHEAD + i * stride) * channels, out);
-            __builtin_prefetch(from + (AHEAD + i * stride) * channels + count - 1, out);
+            PREFETCH(from + (AHEAD + i * stride) * channels, out);
+            PREFETCH(from + (AHEAD + i * stride) * channels + count - 1, out);
         }
         for (int64_t c = 0; c < fours; c += 4)
             out ? transpose(to + c * step, step, from + c, channels * stride)
