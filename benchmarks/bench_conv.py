@@ -54,6 +54,7 @@ LAYERS = (
     "conv2d:16x128x32x32:128:3:groups=32",
     "conv1d:16x64x1024:128:3",
     "conv3d:4x32x8x28x28:64:3",
+    "conv3d:1x32x16x32x32:32:3",
     "convtranspose2d:8x128x16x16:64:2:stride=2",
     "linear:8x197x192:768:bias=1",
 )

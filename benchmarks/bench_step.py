@@ -3,6 +3,7 @@
 python benchmarks/bench_step.py                                   # the table of the README, CPU
 python benchmarks/bench_step.py --network vit_tiny_patch16_224:8:224 --types linear
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
+python benchmarks/bench_step.py --network unet2d_cifar10:4:32     # the U-Net of DDPM (diffusers)
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
 the converted one at rate 0 (what conversion itself costs), ``plan`` the one with those layers
@@ -15,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
-import timm
 import torch
+from networks import UNET, Network, classifiers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -53,39 +52,14 @@ NETWORKS = (
 KINDS = {name.lower(): cls for name, cls in TYPES.items()}
 
 
-class Network(NamedTuple):
-    """One of timm's, and the size of its input, (batch, 3, pixels, pixels)."""
-
-    name: str
-    batch: int
-    pixels: int
-
-    @classmethod
-    def parse(cls, text: str) -> Network:
-        """Read ``NAME:BATCH:PIXELS``.
-
-        Raises:
-            ValueError: If the text is not of that form, or timm has no such network.
-        """
-        name, *numbers = text.split(":")
-        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise ValueError(f"{text!r} is not NAME:BATCH:PIXELS, such as {NETWORKS[0]}")
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(f"timm has no network {name!r}{hint}")
-        return cls(name, *map(int, numbers))
-
-
 def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     """Return the CSV rows of one network."""
     device = torch.device(args.device)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
-    dense = timm.create_model(network.name).to(device, memory_format=layout).train()
-    shape = (network.batch, 3, network.pixels, network.pixels)
-    x = torch.randn(shape, device=device).contiguous(memory_format=layout)
-    y = torch.randint(1000, shape[:1], device=device)
+    dense = network.build().to(device, memory_format=layout).train()
+    x = torch.randn(network.shape, device=device).contiguous(memory_format=layout)
+    loss = network.loss(x)
     sides = {"dense": dense}
     for side, rate in (("sparse", args.drop_rate), ("rate0", 0.0)):
         sides[side] = make_sparse(dense, rate, args)
@@ -93,10 +67,10 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
         sides["plan"] = make_sparse(dense, args.drop_rate, args, measured_on=x)
     torch._dynamo.reset()  # what a plan compiled: there is a limit to the graphs of one network
     # What the convolutions' FLOPs alone would allow, were all else free.
-    left = {side: flops_left(model, shape, args) for side, model in sides.items()}
+    left = {side: flops_left(model, network.shape, args) for side, model in sides.items()}
     if args.compile:
         sides = {side: torch.compile(model) for side, model in sides.items()}
-    steps = {side: make_step(model, x, y, args.amp) for side, model in sides.items()}
+    steps = {side: make_step(model, x, loss, args.amp) for side, model in sides.items()}
     seconds = alternate(steps, args.iterations, args.warmup)
     peaks = {side: peak_memory(steps[side], model, device) for side, model in sides.items()}
     options = ["compiled"] * args.compile + ["groups=1"] * args.skip_grouped
@@ -104,7 +78,7 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     options += ["kernels=measured"] * args.measured_kernels
     options += [f"align={args.align}"] * (args.align > 1)
     setting = Setting.here(
-        device, name=network.name, shape=shape, dtype=torch.float32, amp=args.amp,
+        device, name=network.name, shape=network.shape, dtype=torch.float32, amp=args.amp,
         memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
         options=" ".join(options), iterations=args.iterations,
     )  # fmt: skip
@@ -127,8 +101,7 @@ def make_sparse(
                 as_timed, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
                 align=args.align,
             ).pays
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
+    heads = classifiers(model)
 
     def chosen(layer: nn.Module, name: str) -> bool:
         # A linear classifier stays dense, as the README has it: its channels are the classes.
@@ -151,14 +124,16 @@ def flops_left(model: nn.Module, shape: Sequence[int], args: argparse.Namespace)
     return 1 - ssp.summary(model, input_size=shape, types=_types(args)).backward_saved
 
 
-def make_step(model: nn.Module, x: Tensor, y: Tensor, amp: bool) -> Callable[[], list[float]]:
+def make_step(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], amp: bool
+) -> Callable[[], list[float]]:
     """Return a function that trains one step and returns the seconds of ``MODES``."""
 
-    def loss() -> Tensor:
+    def forward() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            return nn.functional.cross_entropy(model(x), y)
+            return loss(model(x))
 
-    return training_step(loss, torch.optim.SGD(model.parameters(), lr=1e-4), x.device)
+    return training_step(forward, torch.optim.SGD(model.parameters(), lr=1e-4), x.device)
 
 
 def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.device) -> float | None:
@@ -222,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--network", type=reader(Network.parse), nargs="+",
                         default=[Network.parse(text) for text in NETWORKS],
-                        metavar="NAME:BATCH:PIXELS", help="of timm")  # fmt: skip
+                        metavar="NAME:BATCH:PIXELS", help=f"of timm, or {UNET}")  # fmt: skip
     parser.add_argument("--types", type=str.lower, choices=KINDS, nargs="+", default=[],
                         metavar="CLASS", help="convert these classes of layers, too: linear, "
                         "convtranspose2d, ...; a linear classifier stays dense")  # fmt: skip

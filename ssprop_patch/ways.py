@@ -25,6 +25,7 @@ from .native.conv import conv_dw, conv_dx, is_supported
 from .passes import are_for_c, is_channels_last, put_sums
 
 _convolution = torch.ops.aten.convolution.default
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 
 
 # --- gather and mask ----------------------------------------------------------------------------
@@ -184,8 +185,11 @@ def direct_dw(kept: Kept) -> Tensor:
 
 
 def can_be_direct(x: Tensor, w: Tensor) -> bool:
-    """Whether the C functions can take a convolution that is not transposed."""
-    return are_for_c(x, w) and is_supported(x, w)
+    """Whether the C functions can take a convolution that is not transposed.
+
+    Not under a TorchDispatchMode, such as ``FlopCounterMode``, which would not see it.
+    """
+    return are_for_c(x, w) and is_supported(x, w) and not _len_torch_dispatch_stack()
 
 
 # --- which there are ----------------------------------------------------------------------------

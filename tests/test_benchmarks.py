@@ -34,6 +34,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import bench_conv  # noqa: E402
 import bench_step  # noqa: E402
+import networks  # noqa: E402
 import plot  # noqa: E402
 import rows as schema  # noqa: E402
 import train_classifier  # noqa: E402
@@ -674,7 +675,7 @@ def test_layers_are_timed_and_written(tmp_path, capsys):
             assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
             dense = of_one["dense", mode].p50_ms
             assert row.share_of_dense == pytest.approx(row.p50_ms / dense, rel=1e-2)
-            assert row.kernel in (("gather", "matmul") if side == "sparse" else ("",))
+            assert row.kernel in (("gather", "matmul", "direct") if side == "sparse" else ("",))
         assert of_one["sparse", "backward"].limit_ms == pytest.approx(
             0.2 * of_one["dense", "backward"].p50_ms, abs=2e-5
         )
@@ -802,11 +803,40 @@ def test_networks_are_timed_and_written(tmp_path, capsys, monkeypatch):
         ("resnet18", "'resnet18' is not NAME:BATCH:PIXELS"),
         ("resnet18:8:0", "'resnet18:8:0' is not NAME:BATCH:PIXELS"),
         ("resnett18:8:32", "timm has no network 'resnett18'; the nearest names are .*resnet18"),
+        ("unet_cifar10:8:32", "the nearest names are .*unet2d_cifar10"),
+        ("unet2d_cifar10:8:31", "takes a multiple of 8 pixels"),
     ],
 )
 def test_network_that_does_not_exist_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         bench_step.Network.parse(text)
+
+
+def test_a_network_that_makes_images(tmp_path, monkeypatch):
+    class Small(nn.Module):
+        def __init__(self, pixels):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, images):
+            return self.conv(images)
+
+    monkeypatch.setattr(networks, "UNet", Small)
+    file = tmp_path / "times.csv"
+    bench_step.main(["--network", "unet2d_cifar10:2:16", "--measured-plan", "--iterations", "1",
+                     "--warmup", "1", "--output", str(file)])  # fmt: skip
+    rows = schema.read(file)
+    assert {(r.name, r.shape) for r in rows} == {("unet2d_cifar10", "2x3x16x16")}
+    assert {r.side for r in rows} == {"dense", "sparse", "rate0", "plan"}
+
+
+def test_the_network_of_ddpm():
+    net = networks.Network.parse("unet2d_cifar10:1:32")
+    model, x = net.build(), torch.randn(net.shape)
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307  # as its authors' weights
+    with torch.no_grad():
+        out = model(x)
+    assert out.shape == x.shape and net.loss(x)(out).dim() == 0
 
 
 def test_peak_memory_is_on_top_of_what_was_there(monkeypatch):

@@ -169,10 +169,11 @@ def test_stock_layers_keep_the_largest_channels(cls, size):
 
 @pytest.mark.parametrize("cls", OWN)
 def test_own_forwards_are_caught(cls):
-    model, dense = make(cls, 3, 10, 3, padding=1), make(cls, 3, 10, 3, padding=1)
+    model, dense = (make(cls, 3, 10, 3, padding=1).double() for _ in range(2))
+    x = image().double()
     ssp.convert(model, 0.7)
-    assert torch.equal(model(image()), dense(image()))
-    grads, expected = backward(model), backward(dense)
+    assert torch.equal(model(x), dense(x))
+    grads, expected = backward(model, x), backward(dense, x)
     assert rows(grads["weight"]) == 3 and int(grads["bias"].ne(0).sum()) == 3
     kept = grads["bias"].ne(0)
     # What happened to the weight before the convolution stays in autograd.

@@ -37,7 +37,7 @@ def test_json_has_each_layer_the_steps_and_the_setting(nets, printed):
             assert 0 < timed[side]["p20"] <= timed[side]["p50"] <= timed[side]["p80"]
         assert timed["share"] == timed["sparse_ms"]["p50"] / timed["dense_ms"]["p50"]
         assert timed["pays"] == (timed["share"] < 1)
-        assert timed["kernel"] == "gather"
+        assert timed["kernel"] in ("gather", "direct")
     assert [step["mode"] for step in found["steps"]] == ["forward", "backward", "step"]
     assert found["joules_per_step"] is None
     assert found["joules_not_measured_because"] == "no counter in this test"
@@ -61,7 +61,8 @@ def test_csv_has_a_row_for_each_layer_and_part_of_a_step(nets, printed, read_csv
 def test_the_table_shows_layers_their_sum_the_steps_and_why_there_are_no_joules(nets, printed):
     out = printed("measure", f"{nets}:build", *SIZE)
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
-    assert lines["same"][1:6] == ["Conv2d", "2x10x6x6", "10x10x3x3", "2", "gather"]
+    assert lines["same"][1:5] == ["Conv2d", "2x10x6x6", "10x10x3x3", "2"]
+    assert lines["same"][5] in ("gather", "direct")
     assert "layers alone:" in out and "of 2\n" in out
     assert {"forward", "backward", "step"} <= set(lines)
     assert "energy: not measured: no counter in this test" in out

@@ -1,0 +1,92 @@
+"""The networks that bench_step.py times: timm's, and the U-Net of a diffusion model."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNET = "unet2d_cifar10"
+
+
+class Network(NamedTuple):
+    """A network, and the size of its input, (batch, 3, pixels, pixels)."""
+
+    name: str
+    batch: int
+    pixels: int
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """Read ``NAME:BATCH:PIXELS``.
+
+        Raises:
+            ValueError: If the text is not of that form, there is no such network, or what it needs
+                is not installed.
+        """
+        name, *numbers = text.split(":")
+        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise ValueError(f"{text!r} is not NAME:BATCH:PIXELS, such as resnet18:16:128")
+        if name == UNET:
+            if importlib.util.find_spec("diffusers") is None:
+                raise ValueError(f"{UNET} needs diffusers: pip install diffusers")
+            if int(numbers[1]) % 8:
+                raise ValueError(f"{text!r}: {UNET} takes a multiple of 8 pixels")
+        elif not timm.is_model(name):
+            near = difflib.get_close_matches(name, [*timm.list_models(), UNET], n=3)
+            hint = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise ValueError(f"timm has no network {name!r}{hint}")
+        return cls(name, *map(int, numbers))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the input."""
+        return self.batch, 3, self.pixels, self.pixels
+
+    def build(self) -> nn.Module:
+        """Return the network with random weights."""
+        return UNet(self.pixels) if self.name == UNET else timm.create_model(self.name)
+
+    def loss(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the loss as a function of the output for the input ``x``: random targets."""
+        if self.name == UNET:
+            noise = torch.randn_like(x)
+            return lambda out: F.mse_loss(out.float(), noise)
+        classes = torch.randint(1000, x.shape[:1], device=x.device)
+        return lambda out: F.cross_entropy(out, classes)
+
+
+class UNet(nn.Module):
+    """The net of DDPM for CIFAR-10 (arXiv 2006.11239, appendix B): 35.7 million parameters.
+
+    A function of images (N, 3, H, W) alone, each with a timestep of its own.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        from diffusers import UNet2DModel
+
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=pixels, in_channels=3, out_channels=3, layers_per_block=2,
+            block_out_channels=(128, 256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        timesteps = torch.arange(images.shape[0], device=images.device) * 7 % 1000
+        return self.unet(images, timesteps, return_dict=False)[0]
+
+
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the last layers of one of timm's networks, none of another."""
+    if not hasattr(model, "get_classifier"):
+        return ()
+    heads = model.get_classifier()
+    return heads if isinstance(heads, tuple) else (heads,)
