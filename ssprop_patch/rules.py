@@ -18,8 +18,10 @@ _GATHER, _MATMUL, _MASK, _DIRECT = (Ways(n, n) for n in ("gather", "matmul", "ma
 # The AVX2 kernels for grouped convolutions of contiguous tensors take blocks of so many channels.
 _AVX2_BLOCK = 8
 # Kept channels times taps. Of more of them the first cache does not hold what a position reads;
-# with a stride torch's kernel for contiguous tensors copies dX twice.
-_MOST_TERMS, _MOST_STRIDED_TERMS, _MOST_3D_TERMS = 300, 480, 2000
+# with a stride torch's kernel for contiguous tensors copies dX twice. dW pays with more in images
+# that are not small, where gaps count less, and in three dimensions, where torch is slow.
+_MOST_TERMS, _MOST_STRIDED_TERMS, _MOST_DW_TERMS, _MOST_3D_TERMS = 300, 480, 700, 2000
+_NOT_SMALL = 144
 
 
 def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
@@ -104,7 +106,9 @@ def _ordinary(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
     strided, terms = max(p.stride) > 1, k * math.prod(w.shape[2:])
     few = terms <= (_MOST_STRIDED_TERMS if strided else _MOST_TERMS)
     dx = few and not last
-    dw = few and (not last or (not strided and x.shape[1] >= 24))
+    dw = few or (not strided and terms <= _MOST_DW_TERMS and math.prod(x.shape[2:]) >= _NOT_SMALL)
+    if last:
+        dw = dw and not strided and x.shape[1] >= 24
     if x.dim() == 5:  # torch's dW is slow there, and of a single sample also its dX
         dx = dx or x.shape[0] == 1
         dw = terms <= _MOST_3D_TERMS or not strided

@@ -274,28 +274,32 @@ def test_the_rules_for_grouped_layers_with_c_functions(kernel, stride, layout, w
 
 @pytest.mark.skipif(native.build.find_compiler() is None, reason="there is no C compiler")
 @pytest.mark.parametrize(
-    ("channels", "kept", "kernel", "stride", "layout", "avx512", "way"),
+    ("size", "channels", "kept", "kernel", "stride", "layout", "avx512", "way"),
     [
-        (32, 12, 3, 1, torch.contiguous_format, False, "direct"),
-        (32, 12, 3, 2, torch.contiguous_format, False, "direct"),
-        (3, 12, (1, 5), 1, torch.contiguous_format, False, "direct"),
-        (32, 12, 7, 1, torch.contiguous_format, False, "gather"),
-        (32, 34, 3, 1, torch.contiguous_format, False, "gather"),
-        (32, 53, 3, 2, torch.contiguous_format, False, "direct"),
-        (32, 54, 3, 2, torch.contiguous_format, False, "gather"),
-        (32, 12, 3, 1, torch.contiguous_format, True, "gather"),
-        (32, 12, 3, 1, torch.channels_last, False, "gather/direct"),
-        (32, 12, 3, 2, torch.channels_last, False, "gather"),
-        (3, 12, 3, 1, torch.channels_last, False, "gather"),
+        (10, 32, 12, 3, 1, torch.contiguous_format, False, "direct"),
+        (10, 32, 12, 3, 2, torch.contiguous_format, False, "direct"),
+        (10, 3, 12, (1, 5), 1, torch.contiguous_format, False, "direct"),
+        (10, 32, 12, 7, 1, torch.contiguous_format, False, "gather"),
+        (10, 32, 34, 3, 1, torch.contiguous_format, False, "gather"),
+        (10, 32, 53, 3, 2, torch.contiguous_format, False, "direct"),
+        (10, 32, 54, 3, 2, torch.contiguous_format, False, "gather"),
+        (10, 32, 12, 3, 1, torch.contiguous_format, True, "gather"),
+        (10, 32, 12, 3, 1, torch.channels_last, False, "gather/direct"),
+        (10, 32, 12, 3, 2, torch.channels_last, False, "gather"),
+        (10, 3, 12, 3, 1, torch.channels_last, False, "gather"),
+        (12, 32, 34, 3, 1, torch.contiguous_format, False, "gather/direct"),
+        (12, 32, 77, 3, 1, torch.channels_last, False, "gather/direct"),
+        (12, 32, 78, 3, 1, torch.contiguous_format, False, "gather"),
+        (12, 32, 54, 3, 2, torch.contiguous_format, False, "gather"),
     ],
 )
 def test_the_rules_for_ordinary_layers_with_c_functions(
-    channels, kept, kernel, stride, layout, avx512, way, monkeypatch
+    size, channels, kept, kernel, stride, layout, avx512, way, monkeypatch
 ):
     monkeypatch.setattr(rules, "_AVX512", avx512)
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-    x = torch.empty(4, channels, 10, 10).contiguous(memory_format=layout)
-    w = torch.empty(64, channels, *kernel)
+    x = torch.empty(4, channels, size, size).contiguous(memory_format=layout)
+    w = torch.empty(80, channels, *kernel)
     p = ConvParams((stride,) * 2, tuple(n // 2 for n in kernel), (1, 1), 1)
     assert str(rules.by_rule(x, w, p, kept)) == way
     monkeypatch.setattr(native, "is_available", lambda t: False)

@@ -130,6 +130,10 @@ def test_depthwise(threads, last, inputs, kept):
     check((10, 10), 40, inputs, 1, kept, (3, 3), padding=1, n=3, x_last=last, dy_last=last)
 
 
+def test_depthwise_images_larger_than_what_a_thread_takes_of_them(threads):
+    check((30, 31), 150, 1, 1, 149, (3, 3), padding=1, n=6, x_last=True, dy_last=True)
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("n", [1, 7, 50])
 def test_more_images_than_are_computed_at_a_time(threads, last, n):

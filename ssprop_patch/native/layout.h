@@ -24,6 +24,8 @@
 
 /* As many images at a time as fit into so many bytes: what a core has in its second cache. */
 #define WORKING_SET (256 << 10)
+/* And one image with all kept channels of a depthwise convolution only into so many. */
+#define LARGEST_IMAGE (2 << 20)
 
 /* Input channels of a group at a time, about. */
 #define SLICE 64
@@ -87,7 +89,9 @@ static void divide(const Shape *s, Layout *l, int threads)
     int64_t together = last ? divided_up(TOGETHER, s->inputs) : 1;
     l->groups = smallest(together, divided_up(s->groups, threads));
     /* Scattered channels have their cache lines in common with those of all other groups. */
-    l->by_image = s->depthwise && s->x_last && s->n >= threads;
+    int64_t all = s->groups * (s->kept + s->inputs * l->x.phases) * l->image;
+    int fits = all * (int64_t)sizeof(T) <= LARGEST_IMAGE;
+    l->by_image = s->depthwise && s->x_last && s->n >= threads && fits;
     if (l->by_image)
         l->groups = s->groups;
     l->blocks = divided_up(s->groups, l->groups);
