@@ -75,12 +75,6 @@ static int64_t largest(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-/* Rows, or columns, of an image with its gap. */
-static int64_t with_gap(int64_t size, int64_t out, int64_t reach, int64_t pad, int64_t stride)
-{
-    return largest(divided_up(size + pad, stride), out + largest(reach - pad / stride, 0));
-}
-
 /* How many groups, images and input channels are computed at a time. Of the images it depends on the
    number of threads only where these share them: else that changes no bit of a sum. */
 static void divide(const Shape *s, Layout *l, int threads)
@@ -122,7 +116,8 @@ static int lay_out(const Shape *s, Layout *l, int threads)
     l->dy = (Side){s->groups * s->kept, s->dy_last, 1, s->out, ones, zeros};
     for (int i = 0; i < 3; i++) {
         reach[i] = (s->kernel[i] - 1) * s->dilation[i] / s->stride[i];
-        l->wide[i] = with_gap(s->in[i], s->out[i], reach[i], s->pad[i], s->stride[i]);
+        /* What a tap reads behind the last row is the padding of the next image, never written. */
+        l->wide[i] = largest(divided_up(s->in[i] + s->pad[i], s->stride[i]), s->out[i]);
     }
     l->image = l->wide[0] * l->wide[1] * l->wide[2];
     l->margin = distance(l, reach);

@@ -170,14 +170,7 @@ static void put_x(
     const Shape *s, const Layout *l, const T *x, const int64_t *index, const Part *p, int64_t *at,
     T *planes)
 {
-    int64_t count = inputs_of(s, index, p, at);
-    move(&l->x, l, (T *)x, at, count, p, planes, 0);
-    /* Behind the last image another chunk's may be: the last rows of taps read it. */
-    if (p->images < l->images)
-        for (int64_t i = 0; i < count * l->x.phases; i++) {
-            T *end = planes + i * l->plane + l->margin + p->images * l->image;
-            memset(end, 0, l->margin * sizeof(T));
-        }
+    move(&l->x, l, (T *)x, at, inputs_of(s, index, p, at), p, planes, 0);
 }
 
 static void take_dx(
