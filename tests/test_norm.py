@@ -31,7 +31,7 @@ NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 ORDER = {"l1": 1, "l2": 2}
 SCORES = {"l1": l1_scores, "l2": l2_scores}
-CAN_BUILD = native.build.library("double") is not None
+CAN_BUILD = native.build.find_compiler() is not None
 needs_compiler = pytest.mark.skipif(not CAN_BUILD, reason="no C compiler")
 
 
