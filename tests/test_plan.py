@@ -285,9 +285,9 @@ def timed(monkeypatch, seconds, networks=(3.0, 2.0, 1.0)):
 
     asked = {}
 
-    def time_layers(model, inputs, drop_rate, *, types, filter_fn, align, autocast, iterations):
+    def time_layers(model, inputs, drop_rate, *, types, filter_fn, **settings):
         rows = ssp.plan(model, types=types, filter_fn=filter_fn).converted
-        asked.update(drop_rate=drop_rate, names=[row.name for row in rows])
+        asked.update(drop_rate=drop_rate, names=[row.name for row in rows], layers=settings)
         return [
             timing.LayerTime(
                 row.name, "Conv2d", calls, (1, 3, 8, 8), (4, 3, 3, 3), (1, 4, 6, 6),
@@ -298,7 +298,8 @@ def timed(monkeypatch, seconds, networks=(3.0, 2.0, 1.0)):
             for calls, dense, sparse in seconds.get(row.name, ())
         ]  # fmt: skip
 
-    def time_networks(model, inputs, choices, drop_rate, *, types, align, autocast, iterations):
+    def time_networks(model, inputs, choices, drop_rate, *, types, **settings):
+        asked["networks"] = settings
         names = {m: name for name, m in model.named_modules()}
         asked["choices"] = {k: [names[m] for m in layers] for k, layers in choices.items()}
         ms = dict(zip(("none", "those that pay alone", "all"), networks, strict=True))
@@ -371,6 +372,23 @@ def test_measured_leaves_out_what_stays_dense(monkeypatch):
     plan = ssp.plan(two_convolutions(), exclude="^0$", inputs=torch.randn(1, 3, 8, 8), measure=True)
     assert asked["names"] == ["1"]
     assert [row.pays for row in plan] == [False, True, False]
+
+
+def test_measured_as_it_will_be_converted(monkeypatch):
+    asked = timed(monkeypatch, {"0": [(1, 2.0, 1.0)]})
+    settings = dict(
+        overrides={"^1$": 0.25}, align=2, selection="l2", autocast=torch.bfloat16, iterations=7
+    )
+    ssp.plan(two_convolutions(), inputs=torch.randn(1, 3, 8, 8), measure=True, **settings)
+    assert asked["layers"] == asked["networks"] == settings
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_an_unknown_selection_is_an_error(monkeypatch, measure):
+    timed(monkeypatch, {})
+    inputs = torch.randn(1, 3, 8, 8) if measure else None
+    with pytest.raises(ValueError, match="selection must be one of"):
+        ssp.plan(two_convolutions(), inputs=inputs, measure=measure, selection="l3")
 
 
 def test_measured_for_real():

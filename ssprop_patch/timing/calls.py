@@ -81,12 +81,21 @@ def record_calls(
     layers: Sequence[nn.Module],
     inputs: Inputs,
     autocast: torch.dtype | None = None,
+    order: int | None = 1,
 ) -> list[tuple[LayerCall, int]]:
     """Run ``model`` once; return the calls of ``layers`` in order, with their number.
 
     The model stays as it was, its buffers and the random state too. One in eval mode runs in
     training mode. Calls whose output needs no gradient are left out, and so are layers that are
     frozen (in eval mode, in a model that is training).
+
+    Args:
+        model: Any module, converted or not.
+        layers: Those of its layers whose calls are wanted.
+        inputs: What the model is called with.
+        autocast: The dtype of autocast, or None for none.
+        order: Of the scores, see :func:`ssprop_patch.norm.deferring_norms`: whether there are norms
+            that belong to a call.
 
     Raises:
         TypeError: If ``inputs`` are none.
@@ -113,7 +122,7 @@ def record_calls(
         found[id(module), key] = call, count + 1
         latest[:] = y, (id(module), key)
 
-    norms = deferring_norms(model, order=1)
+    norms = deferring_norms(model, order)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
         if not model.training:

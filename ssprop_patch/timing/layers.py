@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .._device import waiter
 from .._validate import check_count, check_drop_rate
 from ..convert import convert
 from ..plan import DEFAULT_TYPES, FilterFn, Types, plan
+from ..selection import Selection, deferred_order, resolve_selection
 from ..trace import Shape
 from .calls import Inputs, LayerCall, autocasting, isolated, record_calls
 from .turns import Quantiles, alternate
@@ -77,7 +78,9 @@ def time_layers(
     *,
     types: Types = DEFAULT_TYPES,
     filter_fn: FilterFn | None = None,
+    overrides: Mapping[str, float] | None = None,
     align: int = 1,
+    selection: Selection = "l1",
     autocast: torch.dtype | None = None,
     iterations: int = 15,
     progress: Callable[[int, int], None] | None = None,
@@ -93,7 +96,7 @@ def time_layers(
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         drop_rate: Of the sparse side.
         types, filter_fn: Which layers, as for :func:`ssprop_patch.convert`.
-        align: As there.
+        overrides, align, selection: Of the sparse side, as there.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each side.
         progress: Is called with how many of how many layers are done.
@@ -107,19 +110,25 @@ def time_layers(
     """
     rate = check_drop_rate(drop_rate)
     iterations = check_count(iterations, "iterations", 1)
-    rows = {row.module: row for row in plan(model, types=types, filter_fn=filter_fn).converted}
-    calls = record_calls(model, list(rows), inputs, autocast)
-    timed: dict[str, tuple[Quantiles, Quantiles, str]] = {}
+    todo = plan(model, types=types, filter_fn=filter_fn, overrides=overrides)
+    rows = {row.module: row for row in todo.converted}
+    order = deferred_order(resolve_selection(selection))
+    calls = record_calls(model, list(rows), inputs, autocast, order)
+    timed: dict[tuple[str, float], tuple[Quantiles, Quantiles, str]] = {}
     found = []
     for done, (call, count) in enumerate(calls, 1):
         row = rows[call.module]
-        if call.key not in timed:
-            timed[call.key] = _time(call, rate, types, align, autocast, iterations)
+        # An override is in force whenever the rate of all is above 0.
+        own = rate if row.drop_rate is None or rate == 0 else row.drop_rate
+        key = call.key, own
+        if key not in timed:
+            sparse = {"schedule": own, "types": types, "align": align, "selection": selection}
+            timed[key] = _time(call, sparse, autocast, iterations)
         found.append(
             LayerTime(
                 row.name, row.cls.__name__, count,
                 call.input.shape, call.weight_shape, call.output_shape,
-                *timed[call.key], call.norm is not None,
+                *timed[key], call.norm is not None,
             )
         )  # fmt: skip
         if progress is not None:
@@ -129,16 +138,14 @@ def time_layers(
 
 def _time(
     call: LayerCall,
-    rate: float,
-    types: Types,
-    align: int,
+    sparse: Mapping[str, Any],
     autocast: torch.dtype | None,
     iterations: int,
 ) -> tuple[Quantiles, Quantiles, str]:
     device = call.input.device
     layers = {
         "dense": _WithNorm(call),
-        "sparse": convert(_WithNorm(call), rate, types=types, align=align),
+        "sparse": convert(_WithNorm(call), **sparse),
     }
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         runs = {side: _training_pass(layer, call, autocast) for side, layer in layers.items()}

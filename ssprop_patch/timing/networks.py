@@ -14,6 +14,7 @@ from .._device import waiter
 from .._validate import check_count, check_drop_rate
 from ..convert import Conversion, apply_conversion, convert, revert
 from ..plan import DEFAULT_TYPES, Types
+from ..selection import Selection
 from ..trace import untouched
 from .calls import Inputs, as_arguments, autocasting, device_of
 from .turns import Quantiles, alternate
@@ -26,7 +27,9 @@ def time_networks(
     drop_rate: float = 0.8,
     *,
     types: Types = DEFAULT_TYPES,
+    overrides: Mapping[str, float] | None = None,
     align: int = 1,
+    selection: Selection = "l1",
     autocast: torch.dtype | None = None,
     iterations: int = 15,
 ) -> dict[str, Quantiles]:
@@ -39,7 +42,7 @@ def time_networks(
         model: Any module, converted or not; on the device and in the memory format to be timed.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         choices: By name, the layers that are converted, at a constant rate; there may be none.
-        drop_rate, types, align: As for :func:`ssprop_patch.convert`.
+        drop_rate, types, overrides, align, selection: As for :func:`ssprop_patch.convert`.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each choice.
 
@@ -59,7 +62,7 @@ def time_networks(
         for name, layers in choices.items():
             if layers:
                 convert(
-                    model, rate, types=types, align=align,
+                    model, rate, types=types, overrides=overrides, align=align, selection=selection,
                     filter_fn=lambda module, _, layers=layers: module in layers,
                 )  # fmt: skip
             conversions[name] = Conversion.of(model)

@@ -55,6 +55,58 @@ def test_the_sparse_side_keeps_the_channels_of_the_rate_and_the_dense_side_is_to
     ]
 
 
+def kept_by(given, monkeypatch):
+    """Return the k of each sparse backward when all sides run again."""
+    kept, real = [], autograd.sparse_backward
+
+    def spy(dy, x, w, p, k, *args):
+        kept.append(k)
+        return real(dy, x, w, p, k, *args)
+
+    monkeypatch.setattr(autograd, "sparse_backward", spy)
+    for sides in given:
+        sides["sparse"]()
+    return kept
+
+
+def test_each_layer_is_timed_at_its_own_rate(monkeypatch):
+    given = once(monkeypatch)
+    rows = timing.time_layers(net(), X, 0.6, overrides={"alike": 0.25, "stem": 0.0})
+    assert [row.kernel == "dense" for row in rows] == [True, False, False, False]
+    assert len(given) == 4  # twice and alike differ by their rates
+    k, own, k_group = (oracle.number_kept(c, rate) for c, rate in ((8, 0.6), (8, 0.25), (10, 0.6)))
+    assert kept_by(given, monkeypatch) == [k, own, k_group]
+
+
+def test_a_rate_of_its_own_waits_for_the_rate_of_all(monkeypatch):
+    given = once(monkeypatch)
+    rows = timing.time_layers(net(), X, 0.0, overrides={"alike": 0.25})
+    assert {row.kernel for row in rows} == {"dense"} and not kept_by(given, monkeypatch)
+
+
+def test_the_selection_is_timed(monkeypatch):
+    given, scored = once(monkeypatch), []
+
+    def scores(dy):
+        scored.append(tuple(dy.shape))
+        return dy.square().mean((0, 2, 3))
+
+    timing.time_layers(nn.Conv2d(3, 8, 3), X.float(), selection=scores)
+    scored.clear()
+    given[0]["sparse"]()
+    assert scored == [(2, 8, 4, 4)]
+    with pytest.raises(ValueError, match="selection must be one of"):
+        timing.time_layers(net(), X, selection="l3")
+
+
+@pytest.mark.parametrize(("selection", "with_norm"), [("l2", True), ("random", False)])
+def test_a_norm_is_timed_where_the_selection_lets_it_defer(monkeypatch, selection, with_norm):
+    once(monkeypatch)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32))
+    [row] = timing.time_layers(model, torch.randn(1, 3, 64, 64), selection=selection)
+    assert row.with_norm is with_norm
+
+
 def test_layers_are_timed_under_autocast(monkeypatch):
     given, dtypes = once(monkeypatch), []
     real = autograd.sparse_backward

@@ -48,6 +48,29 @@ def test_each_choice_runs_with_its_layers_converted(monkeypatch):
     assert ran.count((False, True)) == ran.count((True, True)) == ran.count((False, False)) == 2 + 3
 
 
+def test_each_choice_is_converted_with_all_settings(monkeypatch):
+    policies = []
+    model = Net()
+
+    def forward_and_backward(model, inputs, autocast):
+        def run():
+            if ssp.is_converted(model.conv2):
+                policies.append(vars(model.conv2)["_ssprop_policy"])
+            return 1.0
+
+        return run
+
+    monkeypatch.setattr(networks, "_forward_and_backward", forward_and_backward)
+    settings = dict(overrides={"conv2": 0.25}, align=2, selection="l2")
+    time_networks(model, X, choices(model), 0.5, **settings, iterations=1)
+    ssp.convert(model, 0.5, **settings)
+    for policy in policies:
+        own = model.conv2._ssprop_policy
+        assert (policy.override, policy.align) == (own.override, own.align) == (0.25, 2)
+        assert policy.score_fn is own.score_fn
+    assert len(policies) == 2 * (1 + 3)
+
+
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_stays_as_it_was(converted, training):
