@@ -104,7 +104,9 @@ _is_autocasting_anywhere = getattr(torch._C, "_is_any_autocast_enabled", lambda:
 
 
 def _is_autocasting(t: Tensor) -> bool:
-    if not _is_autocasting_anywhere() or t.is_meta:  # of which it is an error to ask
+    if not _is_autocasting_anywhere():
+        return False
+    if not torch.compiler.is_compiling() and t.is_meta:  # of which it is an error to ask
         return False
     return torch.is_autocast_enabled(t.device.type)
 
@@ -132,7 +134,8 @@ def _convolve(
     if isinstance(geometry.padding, str):
         stride, dilation = _ntuple(geometry.stride, dims), _ntuple(geometry.dilation, dims)
         input, padding = _resolve_padding(geometry.padding, input, weight, stride, dilation)
-        geometry = geometry._replace(padding=padding)
+        # Not _replace, which torch.compile of torch 2.6 does not trace.
+        geometry = Geometry(stride, padding, dilation, geometry.groups)
     if torch.compiler.is_compiling():  # which cannot look into a cache
         params = _params(geometry, dims, operation.transposed)
     else:

@@ -31,7 +31,7 @@ from ._device import device_name, waiter
 from ._text import columns
 from .kept import Kept
 from .passes import is_channels_last
-from .rules import by_rule
+from .rules import by_rule, when_traced
 from .ways import DW, DX, Ways, possible
 
 #: Whether ways are timed at the first use of a shape. Off, as in cuDNN: choices that differ from
@@ -83,8 +83,9 @@ _shapes_timed: dict[_Key, int] = {}
 
 def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
     """Return how to compute dX and dW: as measured or loaded, else by rule."""
-    compiling = torch.compiler.is_compiling()  # first: what follows must not become a guard
-    if not compiling and (benchmark or _chosen) and not kept.p.transposed:
+    if torch.compiler.is_compiling():  # first: what follows must not become a guard
+        return when_traced(kept.whole_w, kept.p)
+    if (benchmark or _chosen) and not kept.p.transposed:
         key = _key(kept, need_x, need_w)
         choice = _chosen.get(key)
         if choice is None and _may_measure(kept.whole_x, key):

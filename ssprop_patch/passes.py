@@ -60,7 +60,7 @@ def channel_sum(t: Tensor, order: int) -> Tensor:
 
 def _sum_in_parts(t: Tensor) -> bool:
     # A traced sum (torch.compile) is one fused loop: no parts, no Python loop over the batch.
-    return t.is_cpu and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and t.is_cpu
 
 
 def _chunked_sum(
@@ -117,7 +117,8 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
     kernels = _kernels(t)
     if kernels is not None:
         return kernels.take_channels(t, index)
-    if t.dim() > 2 and not is_channels_last(t):
+    # A traced gather is one loop in any format, for which a trace should not ask.
+    if torch.compiler.is_compiling() or (t.dim() > 2 and not is_channels_last(t)):
         return t.index_select(1, index)
     last = t.movedim(1, -1)
     rows = last.reshape(-1, t.shape[1])
@@ -128,7 +129,7 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
 def put_channels(t: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """Return zeros of the shape and format of ``like``, with ``t`` in the channels ``index``."""
     out = torch.zeros_like(like)
-    if not is_channels_last(like):
+    if torch.compiler.is_compiling() or not is_channels_last(like):
         return out.index_copy_(1, index, t)
     # As above: half the time of index_copy_.
     rows = t.movedim(1, -1).reshape(-1, t.shape[1])

@@ -11,7 +11,6 @@ from .kept import ConvParams
 from .passes import is_channels_last
 from .ways import Ways, can_be_direct, possible
 
-# A constant, as torch.compile cannot trace the question.
 _AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 _GATHER, _MATMUL, _MASK, _DIRECT = (Ways(n, n) for n in ("gather", "matmul", "mask", "direct"))
@@ -46,6 +45,15 @@ def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
     if all(n == 1 for n in w.shape[2:]) and not any(p.padding):
         return _pointwise(x, w, p, k, last)
     return _ordinary(x, w, p, k, last)
+
+
+def when_traced(w: Tensor, p: ConvParams) -> Ways:
+    """As :func:`by_rule`, for a backward that torch.compile traces (of the functional form).
+
+    It asks for neither device nor memory format: torch 2.6 cannot trace that in a backward, and
+    later versions make gradients contiguous first.
+    """
+    return _GATHER if p.groups in (1, p.out_channels(w)) else _MASK
 
 
 def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -> Ways:

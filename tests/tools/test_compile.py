@@ -511,6 +511,7 @@ def test_inductor_hands_its_own_layout_to_the_backward(optimized, monkeypatch):
     ):
         call = torch.compile(model, backend=INDUCTOR, fullgraph=True)
         compiled = step(call, model, x)
-    # But for the gradient of the output, which comes in eager's format.
-    assert formats == [[False, optimized, optimized], [optimized] * 3]
+    # But for the gradient of the output, which comes in eager's format in some versions of torch.
+    assert [format[1:] for format in formats] == [[optimized] * 2] * 2
+    assert formats[1][0] is optimized
     assert_same(compiled, step(model, model, x), rtol=1e-10)
