@@ -521,12 +521,13 @@ def test_nothing_waits_for_the_device(groups, layout, selection):
 
 
 @functools.cache
-def _torch_fakes_cuda():
-    """Whether torch's own backward runs on fake CUDA tensors without a GPU: not in torch 2.6."""
+def _torch_fakes_cuda(dtype, groups, layout):
+    """Whether torch's own backward can be run so: of some layers not without a GPU in torch 2.6."""
+    params = ConvParams((1, 1), (0, 0), (1, 1), groups)
     try:
         with FakeTensorMode():
-            x, w, _, dy = (t.detach().to("cuda:0") for t in _layer(1, "contiguous"))
-            dense_backward(dy, x, w, ConvParams((1, 1), (0, 0), (1, 1), 1), (True, True, True))
+            x, w, _, dy = (t.detach().to("cuda:0", dtype) for t in _layer(groups, layout))
+            dense_backward(dy, x, w, params, (True, True, True))
     except RuntimeError as error:
         return "CUDA driver" not in str(error)
     return True
@@ -538,7 +539,7 @@ def _torch_fakes_cuda():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_runs_on_a_gpu_waits_for_nothing(dtype, groups, layout, scores):
     # As above, of the code for CUDA; autograd itself needs a device that is there.
-    if not _torch_fakes_cuda():
+    if not _torch_fakes_cuda(dtype, groups, layout):
         pytest.skip("this torch fakes no convolution on CUDA without a driver")
     params = ConvParams((1, 1), (0, 0), (1, 1), groups)
     with FakeTensorMode():
