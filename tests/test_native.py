@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ from torch._subclasses import FakeTensorMode
 
 from ssprop_patch import native, passes
 from ssprop_patch.native import build
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 needs_compiler = pytest.mark.skipif(
     build.find_compiler() is None, reason="there is no C compiler"
@@ -361,3 +367,16 @@ def test_it_compiles_without_a_word():
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
     )
     assert "CDLL" in done.stdout and not done.stderr
+
+
+def test_the_sources_are_packaged():
+    # setuptools leaves out of a wheel what is neither Python nor named in pyproject.toml.
+    root = Path(native.__file__).parents[1]
+    pyproject = root.with_name("pyproject.toml")
+    if not pyproject.exists():
+        pytest.skip("the package is installed without its repository")
+    patterns = tomllib.loads(pyproject.read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {file for pattern in patterns["ssprop_patch"] for file in root.glob(pattern)}
+    needed = {f for f in root.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
+    assert {"conv.c", "layout.h", "py.typed"} <= {f.name for f in needed}
+    assert packaged == needed
