@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .deferred import NormGradient
-from .passes import put_channels, put_rows, take_channels
+from .native.conv import is_supported
+from .passes import are_for_c, put_channels, put_rows, take_channels
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 
 
 class ConvParams(NamedTuple):
@@ -44,6 +46,14 @@ def dense_backward(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, mask: Mask) 
     return tuple(g if needed else None for g, needed in zip(grads, mask, strict=True))
 
 
+def can_be_direct(x: Tensor, w: Tensor) -> bool:
+    """Whether C functions can compute the gradients of a convolution that is not transposed.
+
+    Not under a TorchDispatchMode, such as ``FlopCounterMode``, which would not see it.
+    """
+    return are_for_c(x, w) and is_supported(x, w) and not _len_torch_dispatch_stack()
+
+
 def _once(make: Callable[[Any], Any]) -> Any:
     """Return a property that is computed when it is first read.
 
@@ -73,6 +83,11 @@ class Kept:
     def __init__(self, dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor) -> None:
         self.whole_dy, self.whole_x, self.whole_w, self.p, self.index = dy, x, w, p, index
         self.depthwise = p.groups > 1 and p.groups == dy.shape[1]
+
+    @_once
+    def can_be_direct(self) -> bool:
+        """As :func:`can_be_direct`."""
+        return can_be_direct(self.whole_x, self.whole_w)
 
     @_once
     def dy(self) -> Tensor:

@@ -92,7 +92,7 @@ def choose(kept: Kept, need_x: bool, need_w: bool) -> Ways:
             choice = _chosen[key] = _measure(kept, need_x, need_w, key)
         if choice is not None:
             return Ways(choice.dx, choice.dw)
-    return by_rule(kept.whole_x, kept.whole_w, kept.p, kept.index.shape[0])
+    return by_rule(kept)
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _measure(kept: Kept, need_x: bool, need_w: bool, key: _Key) -> Choice:
         return sum(ms[part] for part in parts) + sum(made[read] for read in reads)
 
     best = min((Ways(dx, dw) for dx in names_x for dw in names_w), key=total)
-    rule = by_rule(kept.whole_x, kept.whole_w, kept.p, kept.index.shape[0])
+    rule = by_rule(kept)
     if total(best) > _CLEARLY * total(rule):
         best = rule
     return Choice(*key, *best, {name: round(value, 4) for name, value in ms.items()})

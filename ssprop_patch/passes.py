@@ -108,6 +108,11 @@ def largest(scores: Tensor, k: int, groups: int) -> Tensor:
     return (index + first.unsqueeze(1)).flatten()
 
 
+def largest_channels(t: Tensor, order: int, k: int, groups: int) -> Tensor | None:
+    """Return :func:`largest` of :func:`channel_sum` in one call; None where there is none."""
+    return native.largest_channels(t, order, k, groups) if are_for_c(t) else None
+
+
 def take_channels(t: Tensor, index: Tensor) -> Tensor:
     """Return ``t[:, index]`` in ``t``'s own memory format.
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kept import ConvParams
+from .kept import ConvParams, Kept
 from .passes import is_channels_last
-from .ways import Ways, can_be_direct, possible
+from .ways import Ways, has_forward, has_nhwc, is_pointwise
 
 _AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
-_GATHER, _MATMUL, _MASK, _DIRECT = (Ways(n, n) for n in ("gather", "matmul", "mask", "direct"))
+_GATHER, _MATMUL, _MASK, _DIRECT, _ROWS = (
+    Ways(name, name) for name in ("gather", "matmul", "mask", "direct", "rows")
+)
 # The AVX2 kernels for grouped convolutions of contiguous tensors take blocks of so many channels.
 _AVX2_BLOCK = 8
 # Kept channels times taps. Of more of them the first cache does not hold what a position reads;
@@ -21,30 +25,37 @@ _AVX2_BLOCK = 8
 # that are not small, where gaps count less, and in three dimensions, where torch is slow.
 _MOST_TERMS, _MOST_STRIDED_TERMS, _MOST_DW_TERMS, _MOST_3D_TERMS = 300, 480, 700, 2000
 _NOT_SMALL = 144
+# Inputs, and products of an input and a weight, of a 1x1 convolution that C functions take.
+_FEW_INPUTS, _FEW_PRODUCTS, _FEW_PRODUCTS_LAST, _MOST_FOR_ROWS = 2**15, 2**19, 2e6, 5e6
 
 
-def by_rule(x: Tensor, w: Tensor, p: ConvParams, k: int) -> Ways:
+class _Layer(NamedTuple):
+    """All of a convolution on a CPU that its rule depends on."""
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    p: ConvParams
+    k: int
+    dtype: torch.dtype
+    last: bool
+    direct: bool
+    avx512: bool
+
+
+def by_rule(kept: Kept) -> Ways:
     """Return the ways that are usually the fastest.
 
     From timings of layers at drop rate 0.8 on two cores of two AMD EPYCs, with AVX-512 (Zen 5) and
     without (Zen 3), torch 2.14. The former's smaller convolutions are nearly as fast as their FLOPs
     say, above all in channels_last. Other devices keep to their convolution kernels.
-
-    Args:
-        x, w, p: Input, weight and geometry.
-        k: Kept channels.
     """
-    last = is_channels_last(x)
-    depthwise = p.groups > 1 and p.groups == p.out_channels(w)
-    if p.transposed:
-        return _GATHER if p.groups == 1 or depthwise else _MASK
-    if not x.is_cpu:
-        return _GATHER if p.groups == 1 or (depthwise and not last) else _MASK
-    if p.groups > 1:
-        return _grouped(x, w, p, depthwise, last)
-    if all(n == 1 for n in w.shape[2:]) and not any(p.padding):
-        return _pointwise(x, w, p, k, last)
-    return _ordinary(x, w, p, k, last)
+    x, w, p = kept.whole_x, kept.whole_w, kept.p
+    if not x.is_cpu or p.transposed:
+        depthwise = p.groups > 1 and p.groups == p.out_channels(w)
+        smaller = p.groups == 1 or (depthwise and (p.transposed or not is_channels_last(x)))
+        return _GATHER if smaller else _MASK
+    k, last = kept.index.shape[0], is_channels_last(x)
+    return _on_cpu(_Layer(x.shape, w.shape, p, k, x.dtype, last, kept.can_be_direct, _AVX512))
 
 
 def when_traced(w: Tensor, p: ConvParams) -> Ways:
@@ -56,68 +67,84 @@ def when_traced(w: Tensor, p: ConvParams) -> Ways:
     return _GATHER if p.groups in (1, p.out_channels(w)) else _MASK
 
 
-def _grouped(x: Tensor, w: Tensor, p: ConvParams, depthwise: bool, last: bool) -> Ways:
+@functools.lru_cache(maxsize=4096)  # a small layer takes no longer to compute than this
+def _on_cpu(layer: _Layer) -> Ways:
+    if layer.p.groups > 1:
+        return _grouped(layer)
+    return _pointwise(layer) if is_pointwise(layer.w, layer.p) else _ordinary(layer)
+
+
+def _grouped(layer: _Layer) -> Ways:
     """As :func:`by_rule`, of a grouped convolution on a CPU: in which format, and is it smaller?
 
     The kernels for some channels of each group are slow but in channels_last.
     """
-    if can_be_direct(x, w):  # timed with AVX2 only
+    x, w, p = layer.x, layer.w, layer.p
+    depthwise = p.groups == w[0]
+    if layer.direct:  # timed with AVX2 only
         return _DIRECT
-    if depthwise and last:
+    if depthwise and layer.last:
         return _GATHER
     if depthwise:
-        return _through_nhwc(x, w, p) if _AVX512 or max(w.shape[2:]) > 3 else _GATHER
-    if _AVX512:
-        return _through_nhwc(x, w, p) if max(p.stride) == 1 else _MASK
-    if last and x.dim() == 4:
+        return _through_nhwc(layer) if layer.avx512 or max(w[2:]) > 3 else _GATHER
+    if layer.avx512:
+        return _through_nhwc(layer) if max(p.stride) == 1 else _MASK
+    if layer.last and len(x) == 4:
         return _GATHER
-    if x.dim() != 4 or w.shape[1] == _AVX2_BLOCK:
+    if len(x) != 4 or w[1] == _AVX2_BLOCK:
         return _MASK
-    nhwc = _through_nhwc(x, w, p)
-    return nhwc._replace(dx="forward") if "forward" in possible(x, w, p)[0] else nhwc
+    nhwc = _through_nhwc(layer)
+    return nhwc._replace(dx="forward") if has_forward(w, p) else nhwc
 
 
-def _through_nhwc(x: Tensor, w: Tensor, p: ConvParams) -> Ways:
-    name = "gather_nhwc" if "gather_nhwc" in possible(x, w, p)[0] else "gather"
+def _through_nhwc(layer: _Layer) -> Ways:
+    name = "gather_nhwc" if has_nhwc(layer.x, layer.last) else "gather"
     return Ways(name, name)
 
 
-def _pointwise(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
+def _pointwise(layer: _Layer) -> Ways:
     """As :func:`by_rule`, of a 1x1 convolution on a CPU: is it faster as a matrix product?
 
     Yes where it is small (less to prepare), where it has a stride, and, of a contiguous tensor,
-    where it has many positions.
+    where it has many positions. Where it is very small the C functions are: they take 20 to 40 us
+    before they begin, several of torch's operations 90 to 150.
     """
-    positions = math.prod(x.shape[2:])
-    if positions == 1:  # squeeze and excitation: a quarter of the time
-        return _MATMUL
-    size = x.shape[0] * positions * x.shape[1] * k
-    if last:
-        pays = size <= 8e6 if _AVX512 else k >= 32 or x.numel() <= 2**19
+    x, k = layer.x, layer.k
+    positions = math.prod(x[2:])
+    size = x[0] * positions * x[1] * k
+    if positions == 1:  # squeeze and excitation
+        return _ROWS if layer.direct and size <= _MOST_FOR_ROWS else _MATMUL
+    if layer.direct and max(layer.p.stride) == 1:
+        few = math.prod(x) <= _FEW_INPUTS and size <= _FEW_PRODUCTS
+        if few or (layer.last and size <= _FEW_PRODUCTS_LAST):
+            return _DIRECT
+    if layer.last:
+        pays = size <= 8e6 if layer.avx512 else k >= 32 or math.prod(x) <= 2**19
         return _MATMUL if pays else _GATHER
-    if x.dtype not in (torch.float32, torch.float64):  # see ways.possible
+    if layer.dtype not in (torch.float32, torch.float64):  # see ways.possible
         return _GATHER
-    if max(p.stride) > 1:
+    if max(layer.p.stride) > 1:
         return _MATMUL
-    many, small = (900, 3e7) if _AVX512 else (100, 1e7)
+    many, small = (900, 3e7) if layer.avx512 else (100, 1e7)
     return _MATMUL if positions >= many or size <= small else _GATHER
 
 
-def _ordinary(x: Tensor, w: Tensor, p: ConvParams, k: int, last: bool) -> Ways:
+def _ordinary(layer: _Layer) -> Ways:
     """As :func:`by_rule`, of an ordinary convolution on a CPU: is it faster by C functions?
 
     Yes where few enough channels are kept. In channels_last only dW, and not of a few input
     channels or with a stride, where the way into their layout takes too long. Timed with AVX2 only.
     """
-    if _AVX512 or not can_be_direct(x, w):
+    if layer.avx512 or not layer.direct:
         return _GATHER
-    strided, terms = max(p.stride) > 1, k * math.prod(w.shape[2:])
+    x, w = layer.x, layer.w
+    strided, terms = max(layer.p.stride) > 1, layer.k * math.prod(w[2:])
     few = terms <= (_MOST_STRIDED_TERMS if strided else _MOST_TERMS)
-    dx = few and not last
-    dw = few or (not strided and terms <= _MOST_DW_TERMS and math.prod(x.shape[2:]) >= _NOT_SMALL)
-    if last:
-        dw = dw and not strided and x.shape[1] >= 24
-    if x.dim() == 5:  # torch's dW is slow there, and of a single sample also its dX
-        dx = dx or x.shape[0] == 1
+    dx = few and not layer.last
+    dw = few or (not strided and terms <= _MOST_DW_TERMS and math.prod(x[2:]) >= _NOT_SMALL)
+    if layer.last:
+        dw = dw and not strided and x[1] >= 24
+    if len(x) == 5:  # torch's dW is slow there, and of a single sample also its dX
+        dx = dx or x[0] == 1
         dw = terms <= _MOST_3D_TERMS or not strided
     return Ways("direct" if dx else "gather", "direct" if dw else "gather")

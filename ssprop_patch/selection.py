@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .deferred import NormGradient
-from .passes import channel_sum, largest
+from .passes import channel_sum, largest, largest_channels
 
 #: Takes the gradient of a layer's output, shape (N, C_out, *spatial), (rows, features) for a
 #: linear layer, and returns one score per output channel, shape (C_out,). The channels with the
@@ -125,7 +125,11 @@ def resolve_selection(selection: Selection) -> ScoreFn:
 def deferred_order(score_fn: ScoreFn) -> int | None:
     """Return 1 (l1) or 2 (l2) if ``score_fn`` scores a gradient that batch norm has yet to form."""
     local = getattr(score_fn, "local", score_fn)  # of the scores of all ranks: of one rank
-    return 1 if local is l1_scores else 2 if local is l2_scores else None
+    return _order(local)
+
+
+def _order(score_fn: ScoreFn) -> int | None:
+    return 1 if score_fn is l1_scores else 2 if score_fn is l2_scores else None
 
 
 def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tensor:
@@ -145,6 +149,12 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
         ValueError: If ``score_fn`` does not return one score per channel.
     """
     channels = dy.shape[1]
+    parts = 1 if groups == channels else groups
+    order = _order(score_fn)
+    if order is not None and not isinstance(dy, NormGradient):
+        index = largest_channels(dy, order, k, parts)
+        if index is not None:
+            return index
     if not torch.is_grad_enabled():
         scores = score_fn(dy)
     else:  # a derivative of this backward is asked for: the choice has none
@@ -156,4 +166,4 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
             f"selection must return one score per output channel, a tensor of shape "
             f"({channels},) for a gradient of shape {tuple(dy.shape)}; got {got}"
         )
-    return largest(scores, k, 1 if groups == channels else groups)
+    return largest(scores, k, parts)

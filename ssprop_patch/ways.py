@@ -7,6 +7,7 @@ A way is a name and a function from :class:`~ssprop_patch.kept.Kept` to dX or to
 - ``matmul``: a 1x1 convolution as a matrix product.
 - ``mask``: the dense kernel on a dy whose dropped channels are zero.
 - ``direct``: C functions of our own for few kept channels (:mod:`ssprop_patch.native.conv`).
+- ``rows``: one of them for a single position (:mod:`ssprop_patch.native.rows`).
 
 ``gather``, ``forward`` and ``mask`` exist with ``_nhwc``, too: through copies in channels_last, for
 contiguous tensors on a CPU whose kernels are much faster in that format.
@@ -14,18 +15,19 @@ contiguous tensors on a CPU whose kernels are much faster in that format.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kept import ConvParams, Grads, Kept, Mask, dense_backward
-from .native.conv import conv_dw, conv_dx, is_supported
-from .passes import are_for_c, is_channels_last, put_sums
+from . import native
+from .kept import ConvParams, Grads, Kept, Mask, can_be_direct, dense_backward
+from .native.conv import conv_dw, conv_dx
+from .passes import is_channels_last, put_sums
 
 _convolution = torch.ops.aten.convolution.default
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 
 
 # --- gather and mask ----------------------------------------------------------------------------
@@ -172,24 +174,23 @@ def _read(kept: Kept) -> tuple[slice, ...]:
 
 def direct_dx(kept: Kept) -> Tensor:
     """Return dX by a C function."""
-    if not can_be_direct(kept.whole_x, kept.whole_w):  # loaded, or chosen for a first derivative
+    if not kept.can_be_direct:  # loaded, or chosen for a first derivative
         return gather(kept, _DX)[0]
     return conv_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
 def direct_dw(kept: Kept) -> Tensor:
     """As :func:`direct_dx`, dW."""
-    if not can_be_direct(kept.whole_x, kept.whole_w):
+    if not kept.can_be_direct:
         return gather(kept, _DW)[1]
     return conv_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
-def can_be_direct(x: Tensor, w: Tensor) -> bool:
-    """Whether the C functions can take a convolution that is not transposed.
-
-    Not under a TorchDispatchMode, such as ``FlopCounterMode``, which would not see it.
-    """
-    return are_for_c(x, w) and is_supported(x, w) and not _len_torch_dispatch_stack()
+def rows(kept: Kept, needed: Mask) -> Grads:
+    """Return dX, dW and db of a single position by a C function."""
+    if not kept.can_be_direct:  # as above
+        return gather(kept, needed)
+    return native.rows_backward(kept.dy, kept.whole_x, kept.whole_w, kept.index, needed)
 
 
 # --- which there are ----------------------------------------------------------------------------
@@ -200,6 +201,7 @@ TOGETHER: dict[str, Callable[[Kept, Mask], Grads]] = {
     "gather_nhwc": gather_nhwc,
     "mask": mask,
     "mask_nhwc": mask_nhwc,
+    "rows": rows,
 }
 DX: dict[str, Callable[[Kept], Tensor]] = {
     **{name: lambda kept, way=way: way(kept, _DX)[0] for name, way in TOGETHER.items()},
@@ -240,25 +242,44 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if p.transposed:
         return ["gather"], ["gather"]
     dx, dw = ["gather"], ["gather"]
-    pointwise = all(n == 1 for n in w.shape[2:]) and not any(p.padding)
-    if pointwise and p.groups == 1:
+    pointwise = is_pointwise(w.shape, p) and p.groups == 1
+    if pointwise:
         dx.append("matmul")
         # A batch of products is summed at last: in half precision that would round in between.
         summed = not (_is_single(x) or is_channels_last(x))
         if not summed or x.dtype in (torch.float32, torch.float64):
             dw.append("matmul")
-    reach = [d * (n - 1) for d, n in zip(p.dilation, w.shape[2:], strict=True)]
-    if set(p.stride) <= {1} and all(a <= b for a, b in zip(p.padding, reach, strict=True)):
+    if has_forward(w.shape, p):
         dx.append("forward")
     if p.groups > 1:
         dx.append("mask")
         dw.append("mask")
-    # The formats differ only where there are several channels and positions.
-    several = x.dim() == 4 and x.shape[1] > 1 and not _is_single(x)
-    if several and x.is_cpu and not is_channels_last(x):
+    if x.is_cpu and has_nhwc(x.shape, is_channels_last(x)):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
     if can_be_direct(x, w):
-        dx.append("direct")
-        dw.append("direct")
+        names = ["direct"]
+        if pointwise and _is_single(x):
+            names.append("rows")
+        dx += names
+        dw += names
     return dx, dw
+
+
+def is_pointwise(w: Sequence[int], p: ConvParams) -> bool:
+    """Whether a convolution with a weight of shape ``w`` reads one position for each output."""
+    return all(n == 1 for n in w[2:]) and not any(p.padding)
+
+
+def has_forward(w: Sequence[int], p: ConvParams) -> bool:
+    """Whether dX is a convolution of dy: without stride, padded by no more than the kernel."""
+    reach = [d * (n - 1) for d, n in zip(p.dilation, w[2:], strict=True)]
+    return set(p.stride) <= {1} and all(a <= b for a, b in zip(p.padding, reach, strict=True))
+
+
+def has_nhwc(x: Sequence[int], last: bool) -> bool:
+    """Whether an input of shape ``x`` can go through channels_last, in which it is not yet.
+
+    The formats differ only where there are several channels and positions.
+    """
+    return not last and len(x) == 4 and x[1] > 1 and math.prod(x[2:]) > 1

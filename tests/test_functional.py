@@ -340,8 +340,9 @@ def test_sizes_of_real_layers(kind, layout, kernel_size, stride, spatial):
 @pytest.mark.parametrize("kind", REAL)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel_size, stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_every_way_of_real_layers(kind, layout, kernel_size, stride):
-    case = real_case(kind, layout, kernel_size, stride, 9)
+@pytest.mark.parametrize("spatial", [1, 9])
+def test_every_way_of_real_layers(kind, layout, kernel_size, stride, spatial):
+    case = real_case(kind, layout, kernel_size, stride, spatial)
     for used in by_each():
         grads = assert_as_oracle(case, used)
         for t, grad in zip((case.x, case.w), grads[:2], strict=True):
@@ -350,9 +351,9 @@ def test_every_way_of_real_layers(kind, layout, kernel_size, stride):
 
 def test_every_way_there_is_is_tried_by_these_layers():
     tried = []
-    for kind in ("full", "grouped"):
+    for kind, spatial in (("full", 1), ("full", 9), ("grouped", 9)):
         for used in by_each():
-            real_case(kind, "contiguous", 1, 1, 9).run()
+            real_case(kind, "contiguous", 1, 1, spatial).run()
             tried += used
     assert {ways.dx for ways in tried} == set(DX)
     assert {ways.dw for ways in tried} == set(DW)

@@ -37,7 +37,7 @@ SHAPES = [
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    for module in (native.channels, native.norm):
+    for module in (native.channels, native.norm, native.rows):
         monkeypatch.setattr(module, "threads_for", lambda t: request.param)
 
 
@@ -79,6 +79,16 @@ def test_channel_sums(shape, last, dtype, order, threads):
     t = random(shape, dtype, last)
     dims = [0, *range(2, t.dim())]
     assert_close(native.channel_sums(t, order), t.double().abs().pow(order).sum(dims), dtype)
+
+
+@each_case([*SHAPES, (3, 60, 5, 5)])
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_largest_channels(shape, last, dtype, order, threads):
+    t = random(shape, dtype, last)
+    groups = 3 if shape[1] % 3 == 0 else 1
+    k = (shape[1] // groups + 1) // 2
+    expected = native.largest(native.channel_sums(t, order), k, groups)
+    assert torch.equal(native.largest_channels(t, order, k, groups), expected)
 
 
 @each_case(SHAPES)
@@ -367,6 +377,31 @@ def test_it_compiles_without_a_word():
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
     )
     assert "CDLL" in done.stdout and not done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("n", [1, 3, 4, 9])
+@pytest.mark.parametrize("c_in, c_out, kept", [(1, 1, 1), (3, 7, 2), (33, 20, 4), (16, 9, 9)])
+def test_rows_backward(dtype, n, c_in, c_out, kept, threads):
+    generator = torch.Generator().manual_seed(0)
+    x, w, dy = (torch.randn(shape, generator=generator, dtype=torch.float64)
+                for shape in ((n, c_in, 1, 1), (c_out, c_in, 1, 1), (n, c_out, 1, 1)))  # fmt: skip
+    index = torch.randperm(c_out, generator=generator)[:kept].sort().values
+    masked = torch.zeros_like(dy).index_copy_(1, index, dy[:, index])
+    expected = torch.ops.aten.convolution_backward(
+        masked, x, w, [c_out], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, [True] * 3
+    )
+    args = [t.to(dtype) for t in (dy[:, index], x, w)]
+    for needed in ((True, True, True), (True, False, False), (False, True, False),
+                   (False, False, True)):  # fmt: skip
+        grads = native.rows_backward(*args, index, needed)
+        for got, like, need in zip(grads, expected, needed, strict=True):
+            if need:
+                assert got.shape == like.shape
+                assert_close(got, like, dtype)
+            else:
+                assert got is None
 
 
 def test_the_sources_are_packaged():

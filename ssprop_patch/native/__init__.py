@@ -13,19 +13,29 @@ import torch
 from torch import Tensor
 
 from .build import find_compiler, library
-from .channels import channel_sums, largest, put_rows, put_sums, take_channels
+from .channels import (
+    channel_sums,
+    largest,
+    largest_channels,
+    put_rows,
+    put_sums,
+    take_channels,
+)
 from .norm import norm_input_grad, norm_sums
+from .rows import rows_backward
 from .tensors import NUMBERS, is_last
 
 __all__ = [
     "channel_sums",
     "is_available",
     "largest",
+    "largest_channels",
     "may_be_available",
     "norm_input_grad",
     "norm_sums",
     "put_rows",
     "put_sums",
+    "rows_backward",
     "take_channels",
 ]
 

@@ -24,16 +24,18 @@ _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _PASSES = {
     "channel_sums": (_POINTER, *[_INT64] * 3, _INT, _INT, _POINTER, _POINTER, _INT),
     "largest": (_POINTER, *[_INT64] * 3, _POINTER, _POINTER),
+    "largest_channels": (_POINTER, *[_INT64] * 3, _INT, _INT, *[_INT64] * 2, *[_POINTER] * 2, _INT),
     "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_rows": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_sums": (_POINTER, _INT64, _POINTER, *[_INT64] * 3, _POINTER, _INT),
+    "rows_backward": (*[_POINTER] * 4, *[_INT64] * 4, *[_POINTER] * 3, _INT),
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
 }  # fmt: skip
 _CONV = {name: (*[_POINTER] * 5, _INT) for name in ("conv_dx", "conv_dw")}
 # Files, functions, and what these return: nothing, or an int that is 0 if one failed.
 _LIBRARIES = {
-    "passes": (("channels.c", "norm.c"), _PASSES, None),
+    "passes": (("channels.c", "norm.c", "rows.c"), _PASSES, None),
     "conv": (("conv.c",), _CONV, _INT),
 }
 

@@ -46,7 +46,7 @@ INLINE void sums_of_columns(
             sums[j] += MAGNITUDE(t[j], order);
 }
 
-/* `work` holds threads * c zeros. */
+/* `work` holds threads * c doubles, for `last` only. */
 void channel_sums(
     const T *t, int64_t n, int64_t c, int64_t s, int last, int order,
     T *restrict out, double *restrict work, int threads)
@@ -56,6 +56,7 @@ void channel_sums(
         return;
     }
     int64_t rows = n * s;
+    memset(work, 0, threads * c * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
         int64_t from = rows * th / threads, size = rows * (th + 1) / threads - from;
@@ -119,6 +120,16 @@ void largest(
             if (ranked[j] > least || (ranked[j] == least && equals-- > 0))
                 *index++ = g * size + j;
     }
+}
+
+/* Of the channels of t, by their channel_sums. `work` holds 3 * c + threads * c doubles. */
+void largest_channels(
+    const T *t, int64_t n, int64_t c, int64_t s, int last, int order, int64_t groups, int64_t k,
+    double *restrict work, int64_t *restrict index, int threads)
+{
+    T *sums = (T *)(work + threads * c);
+    channel_sums(t, n, c, s, last, order, sums, work, threads);
+    largest(sums, groups, c / groups, k, sums + c, index);
 }
 
 /* --- take_channels: t[:, index], in channels_last ---------------------------------------------- */

@@ -9,6 +9,7 @@ positions side by side instead. As in
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -80,19 +81,8 @@ def _call(
     if not (dy.is_contiguous() or is_last(dy)):
         dy = dy.contiguous()
     index = index.contiguous()
-    sizes = (x.shape[2:], dy.shape[2:], w.shape[2:], p.stride, p.padding, p.dilation)
-    missing = 5 - x.dim()  # of three spatial dimensions
-    size, out_size, *rest = (
-        (*[filling] * missing, *numbers)
-        for filling, numbers in zip((1, 1, 1, 1, 0, 1), sizes, strict=True)
-    )
-    depthwise, kept = 1 < p.groups == w.shape[0], dy.shape[1]
-    computed, per_group = (kept, 1) if depthwise else (p.groups, kept // p.groups)
-    shape = _Shape(
-        *x.shape[:2], *size, *out_size, w.shape[0], computed, per_group, w.shape[1], depthwise,
-        *(number for numbers in rest for number in numbers),
-        not x.is_contiguous(), not dy.is_contiguous(),
-    )  # fmt: skip
+    formats = not x.is_contiguous(), not dy.is_contiguous()
+    shape = _shape(dy.shape, x.shape, w.shape, p, *formats)
     done = function(
         dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
     )
@@ -101,3 +91,21 @@ def _call(
 
 
 _Shape = ctypes.c_int64 * 27  # as layout.h has it
+
+
+@functools.lru_cache(maxsize=4096)  # a small layer takes longer to describe than to compute
+def _shape(
+    dy: torch.Size, x: torch.Size, w: torch.Size, p: ConvParams, x_last: bool, dy_last: bool
+) -> ctypes.Array[ctypes.c_int64]:
+    sizes = (x[2:], dy[2:], w[2:], p.stride, p.padding, p.dilation)
+    missing = 5 - len(x)  # of three spatial dimensions
+    size, out_size, *rest = (
+        (*[filling] * missing, *numbers)
+        for filling, numbers in zip((1, 1, 1, 1, 0, 1), sizes, strict=True)
+    )
+    depthwise, kept = 1 < p.groups == w[0], dy[1]
+    computed, per_group = (kept, 1) if depthwise else (p.groups, kept // p.groups)
+    return _Shape(
+        *x[:2], *size, *out_size, w[0], computed, per_group, w[1], depthwise,
+        *(number for numbers in rest for number in numbers), x_last, dy_last,
+    )  # fmt: skip

@@ -122,7 +122,7 @@ INLINE void sums_of_dy_columns(
         }
 }
 
-/* `work` holds threads * 3 * c zeros, `lines` 2 * c numbers. */
+/* `work` holds threads * 3 * c doubles, `lines` 2 * c numbers. */
 void norm_sums(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
     int64_t n, int64_t c, int64_t s, int last, int relu, int order,
@@ -134,6 +134,7 @@ void norm_sums(
     }
     int64_t rows = n * s;
     T per_position = 1 / (T)rows, *shift = lines, *slope = lines + c;
+    memset(work, 0, threads * 3 * c * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
         int64_t from = rows * th / threads, size = rows * (th + 1) / threads - from, at = from * c;

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .tensors import (
+    doubles,
     empty_of_channels,
     is_matrix,
     library_for,
     pointer,
     sizes,
     threads_for,
-    zeros,
 )
 
 
@@ -49,7 +49,7 @@ def norm_sums(
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
     weight, mean, invstd = _vectors(x.dtype, weight, mean, invstd)
     sums = x.new_empty(3, c)
-    work, lines = (zeros(threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
+    work, lines = (doubles(threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
     library_for(x).norm_sums(
         dz.data_ptr(), relu_out.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(),
         pointer(weight), *sizes(x), last, relu, order,

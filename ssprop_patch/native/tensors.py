@@ -46,9 +46,9 @@ def threads_for(t: Tensor) -> int:
     return torch.get_num_threads() if t.numel() >= _ENOUGH else 1
 
 
-def zeros(size: int) -> Tensor:
+def doubles(size: int) -> Tensor:
     """Return what sums are made in."""
-    return torch.zeros(size, dtype=torch.float64)
+    return torch.empty(size, dtype=torch.float64)
 
 
 def empty_of_channels(t: Tensor, k: int) -> Tensor:

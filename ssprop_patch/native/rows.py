@@ -1,0 +1,35 @@
+"""The backward of a convolution with a single position, as in squeeze and excitation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tensors import library_for, pointer, threads_for
+
+
+def rows_backward(
+    dy: Tensor, x: Tensor, w: Tensor, index: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dX, dW and db, zeros where no channel is kept; None where not ``needed``.
+
+    Args:
+        dy: (N, kept, *ones): the kept channels only.
+        x: (N, C_in, *ones).
+        w: (C_out, C_in, *ones).
+        index: (kept,), ascending; not checked.
+        needed: Which of the three.
+    """
+    need_x, need_w, need_b = needed
+    n, c_in = x.shape[:2]
+    dx = torch.empty_like(x) if need_x else None
+    dw = torch.empty_like(w) if need_w else None
+    db = w.new_empty(w.shape[0]) if need_b else None
+    # Held until the function is through with them.
+    dy, x, w, index = dy.contiguous(), x.contiguous(), w.contiguous(), index.contiguous()
+    library_for(x).rows_backward(
+        dy.data_ptr(), x.data_ptr(), w.data_ptr(), index.data_ptr(), n, c_in,
+        w.shape[0], dy.shape[1],
+        pointer(dx), pointer(dw), pointer(db), threads_for(w if n * c_in < w.numel() else x),
+    )  # fmt: skip
+    return dx, dw, db
