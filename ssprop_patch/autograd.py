@@ -20,6 +20,10 @@ from .kept import ConvParams
 from .operations import Geometry, Operation, Size
 from .selection import ScoreFn
 
+# Small layers spend more time in these lines of Python than in their kernels.
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd will ask this layer for any gradient."""
@@ -32,9 +36,9 @@ def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def in_transform(*tensors: Tensor | None) -> bool:
     """Whether torch.func or forward-mode AD is at work, which this kind of function knows not."""
-    if torch._C._are_functorch_transforms_active():
+    if _are_transforms_active():
         return True
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
@@ -79,7 +83,7 @@ def sparse(
         TypeError: If the tensors are complex.
         RuntimeError: Inside a torch.func transform.
     """
-    if weight.dtype.is_complex:
+    if weight.is_complex():
         raise TypeError(
             f"the sparse backward takes real tensors, got {weight.dtype}; use drop_rate=0, or "
             "exclude the layer"
@@ -137,11 +141,13 @@ def _convolve(
         # Not _replace, which torch.compile of torch 2.6 does not trace.
         geometry = Geometry(stride, padding, dilation, geometry.groups)
     if torch.compiler.is_compiling():  # which cannot look into a cache
-        params = _params(geometry, dims, operation.transposed)
+        params, apply = _params(geometry, dims, operation.transposed), _apply
     else:
         params = _params_of(geometry, dims, operation.transposed)
+        plain = type(input) is Tensor and not (_is_wrapped(input) or _is_wrapped(weight))
+        apply = _apply_plain if plain else _apply
     if handle is None:
-        out = _SparseConv.apply(input, weight, bias, params, k, score_fn, record)
+        out = apply(input, weight, bias, params, k, score_fn, record)
     else:
         out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
     return out.squeeze(0) if unbatched else out
@@ -218,9 +224,7 @@ class _SparseConv(torch.autograd.Function):
         record: Record | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.config = params, k, score_fn
-        ctx.score_fn = score_fn  # for the norm behind, which sees this as the grad_fn of its input
-        ctx.record = record
+        ctx.config = params, k, score_fn, record  # read by the norm behind, too
         y = _convolution(x, w, b, params)
         if record is not None:
             record.forward(x, w, y)
@@ -229,13 +233,26 @@ class _SparseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        mask = tuple(ctx.needs_input_grad[:3])
-        grads = _outside_of_autocast(sparse_backward, dy, x, w, *ctx.config, mask, ctx.record)
+        params, k, score_fn, record = ctx.config
+        needed = ctx.needs_input_grad[:3]
+        grads = _outside_of_autocast(
+            sparse_backward, dy, x, w, params, k, score_fn, needed, record
+        )
         return *grads, None, None, None, None
 
 
 #: The class of ``grad_fn`` of what a sparse convolution returns.
 SparseConvNode = _SparseConv._backward_cls
+
+_apply = _SparseConv.apply
+# What that calls at last. Before, it looks for transforms of torch.func, and for tensors that one
+# of them left behind, which are looked for here.
+_apply_plain = super(torch.autograd.Function, _SparseConv).apply
+
+
+def score_fn_of(node: Any) -> ScoreFn:
+    """Return what scores the channels of a :data:`SparseConvNode`."""
+    return node.config[2]
 
 
 class _SparseLinear(torch.autograd.Function):

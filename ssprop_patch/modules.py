@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import operations
 from .autograd import in_transform, needs_backward, sparse
 from .controller import Policy
-from .operations import Operation
+from .operations import Geometry, Operation
 
 #: The layers of torch that can be patched, and what each calls in its forward.
 LAYERS: dict[type[nn.Module], Operation] = {
@@ -176,7 +176,7 @@ def _readable_by_torchscript(method: Callable[..., Any], dense: Callable[..., An
 def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     operation, dense_forward = LAYERS[base_layer(cls)], cls._conv_forward
     # Closure variables, not globals: see _readable_by_torchscript.
-    dispatch, is_sparse, pad = _dispatch, _is_sparse, F.pad
+    dispatch, is_sparse, make, pad = _dispatch, _is_sparse, Geometry, F.pad
     proxy, keep = torch.fx.Proxy, keep_in_graph
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -189,14 +189,14 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return dispatch(operation, policy, input, weight, bias, *geometry)
+        geometry = make(self.stride, padding, self.dilation, self.groups)
+        return dispatch(operation, policy, input, weight, bias, geometry)
 
     return _conv_forward
 
 
 def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
-    operation, dense_forward = operations.LINEAR, cls.forward
+    operation, dense_forward, geometry = operations.LINEAR, cls.forward, Geometry()
     dispatch, is_sparse = _dispatch, _is_sparse
     proxy, keep = torch.fx.Proxy, keep_in_graph
 
@@ -207,7 +207,7 @@ def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
         weight, bias = self.weight, self.bias
         if policy is None or not is_sparse(self, policy, input, weight, bias):
             return dense_forward(self, input)
-        return dispatch(operation, policy, input, weight, bias)
+        return dispatch(operation, policy, input, weight, bias, geometry)
 
     return forward
 
@@ -219,23 +219,24 @@ def _is_sparse(
         policy.active
         and module.training
         and needs_backward(input, weight, bias)
-        and not _is_capturing()
+        and not (_is_tracing() or _is_exporting())
     )
 
 
-def _is_capturing() -> bool:
-    """Whether a tool records the network for use elsewhere: that gets the dense one."""
-    return torch.jit.is_tracing() or _is_exporting()
-
-
+# Whether a tool records the network for use elsewhere: that gets the dense one.
+_is_tracing = torch.jit.is_tracing
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 
 
 def _dispatch(
-    operation: Operation, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    operation: Operation,
+    policy: Policy,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
 ) -> Tensor:
     """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
-    bias, geometry = operation.arguments(*args, **kwargs)
     channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
         # Reading the rate here would make one graph per value: the operator reads it by handle.
@@ -248,7 +249,7 @@ def _dispatch(
                 operation, input, weight, bias, geometry,
                 k=k, score_fn=policy.score_fn, record=policy.record,
             )  # fmt: skip
-    out = operation.dense(input, weight, *args, **kwargs)
+    out = operation.run(input, weight, bias, geometry)
     if policy.record is not None and not (
         torch.compiler.is_compiling() or in_transform(input, weight, bias)
     ):
@@ -280,7 +281,8 @@ def _run_own_forward(
         return keep_in_graph(module, dense_forward, (*args, *kwargs.values()), args, kwargs)
     policy = getattr(module, "_ssprop_policy", None)  # None: a bound method outlived revert
     sparse = policy is not None and policy.active
-    if not (sparse and module.training and torch.is_grad_enabled()) or _is_capturing():
+    training = sparse and module.training and torch.is_grad_enabled()
+    if not training or _is_tracing() or _is_exporting():
         return dense_forward(module, *args, **kwargs)
     with _Catch(module, operations) as mode:
         out = dense_forward(module, *args, **kwargs)
@@ -343,7 +345,8 @@ def _catch(
 ) -> Tensor:
     bias = args[0] if args else kwargs.get("bias")
     if policy.active and needs_backward(input, weight, bias):
-        return _dispatch(operation, policy, input, weight, *args, **kwargs)
+        bias, geometry = operation.arguments(*args, **kwargs)
+        return _dispatch(operation, policy, input, weight, bias, geometry)
     return operation.dense(input, weight, *args, **kwargs)
 
 

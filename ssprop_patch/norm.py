@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
 from . import passes
-from .autograd import NO_TRANSFORMS, SparseConvNode, in_transform, is_batched
+from .autograd import NO_TRANSFORMS, SparseConvNode, in_transform, is_batched, score_fn_of
 from .deferred import NormGradient, ReLUGradient
 from .modules import Patched, make_patched_class
 from .selection import deferred_order
@@ -91,7 +91,7 @@ def _is_paired(x: Any) -> bool:
     """Whether ``x`` comes straight from a sparse convolution that can use a deferred gradient."""
     if not (_is_behind_sparse(x) and is_large_enough(x)) or _saves_elsewhere():
         return False
-    order = deferred_order(x.grad_fn.score_fn)
+    order = deferred_order(score_fn_of(x.grad_fn))
     return order is not None and passes.can_split_norm(x.detach(), order)
 
 
@@ -158,7 +158,7 @@ def _batch_norm(
     statistics = (running_mean, running_var)
     if not (training and _is_paired(input)) or in_transform(input, weight, bias):
         return nn.functional.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
-    order = deferred_order(input.grad_fn.score_fn)
+    order = deferred_order(score_fn_of(input.grad_fn))
     return _DeferringNorm.apply(input, weight, bias, *statistics, momentum, eps, order)
 
 

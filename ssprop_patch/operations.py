@@ -43,6 +43,15 @@ class Operation(NamedTuple):
         channels = weight.shape[1] * groups if self.transposed else weight.shape[0]
         return selectable_channels(channels, groups)
 
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+        """Call the function."""
+        if self.dims == 0:
+            return self.dense(input, weight, bias)
+        own = (g.dilation, g.groups)
+        if self.transposed:
+            own = (g.output_padding, g.groups, g.dilation)
+        return self.dense(input, weight, bias, g.stride, g.padding, *own)
+
 
 # With the names, the order and the defaults of torch's functions.
 
