@@ -65,14 +65,13 @@ def sparse_backward(
         record.backward(x, w, dy, k, mask)
     if k >= selectable_channels(p.out_channels(w), p.groups):
         return dense_backward(dy, x, w, p, mask)
-    index = select_channels(dy, k, p.groups, score_fn)
-    if record is not None:
-        record.selected(index)
-    kept = Kept(dy, x, w, p, index)
+    kept = Kept(dy, x, w, p, k, score_fn)
     ways = kernels.choose(kept, *mask[:2])
+    grads = ways.run(kept, mask)
     if record is not None:
+        record.selected(kept.index)
         record.computed(str(ways))
-    return ways.run(kept, mask)
+    return grads
 
 
 def _scatter_rows(rows: Tensor, size: int, index: Tensor) -> Tensor:

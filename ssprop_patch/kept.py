@@ -11,6 +11,7 @@ from torch import Tensor
 from .deferred import NormGradient
 from .native.conv import is_supported
 from .passes import are_for_c, put_channels, put_rows, take_channels
+from .selection import ScoreFn, order_of, select_channels
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
@@ -77,12 +78,36 @@ class Kept:
         x: Input, (N, C_in, *in).
         w: Weight, (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if transposed.
         p: Geometry.
-        index: The kept output channels, ascending; the same number in each group.
+        k: Channels to keep of each choice, see :func:`ssprop_patch.selection.selectable_channels`.
+        score_fn: Scores the channels, when they are first asked for.
     """
 
-    def __init__(self, dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, index: Tensor) -> None:
-        self.whole_dy, self.whole_x, self.whole_w, self.p, self.index = dy, x, w, p, index
+    def __init__(
+        self, dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, k: int, score_fn: ScoreFn
+    ) -> None:
+        self.whole_dy, self.whole_x, self.whole_w, self.p = dy, x, w, p
+        self.k, self.score_fn = k, score_fn
         self.depthwise = p.groups > 1 and p.groups == dy.shape[1]
+        #: How many output channels are kept.
+        self.number = k if self.depthwise else k * p.groups
+        self._index: Tensor | None = None
+
+    @property
+    def index(self) -> Tensor:
+        """The kept output channels, ascending; the same number in each group."""
+        if self._index is None:
+            self._index = select_channels(self.whole_dy, self.k, self.p.groups, self.score_fn)
+        return self._index
+
+    @index.setter
+    def index(self, index: Tensor) -> None:
+        self._index = index
+
+    @property
+    def order(self) -> int | None:
+        """1 or 2 while the channels are still to be chosen by sums of ``|dy| ** order``."""
+        is_plain = self._index is None and not isinstance(self.whole_dy, NormGradient)
+        return order_of(self.score_fn) if is_plain else None
 
     @_once
     def can_be_direct(self) -> bool:
@@ -125,7 +150,7 @@ class Kept:
     @_once
     def params(self) -> ConvParams:
         """The geometry of the smaller convolution."""
-        return self.p._replace(groups=self.index.shape[0]) if self.depthwise else self.p
+        return self.p._replace(groups=self.number) if self.depthwise else self.p
 
     @_once
     def weight_rows(self) -> tuple[int, Tensor]:

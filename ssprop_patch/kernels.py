@@ -103,7 +103,7 @@ def _key(kept: Kept, need_x: bool, need_w: bool) -> _Key:
     return (
         _device_name(x.device), torch.get_num_threads(), torch.__version__, str(x.dtype),
         is_channels_last(x), tuple(x.shape), tuple(w.shape),
-        (p.stride, p.padding, p.dilation, p.groups), kept.index.shape[0],
+        (p.stride, p.padding, p.dilation, p.groups), kept.number,
         "x" * need_x + "w" * need_w,
     )  # fmt: skip
 
@@ -137,7 +137,9 @@ def _measure(kept: Kept, need_x: bool, need_w: bool, key: _Key) -> Choice:
 
     # What several ways read is made once in a backward, so it is timed apart.
     def fresh() -> Kept:
-        return Kept(kept.whole_dy, kept.whole_x, kept.whole_w, kept.p, kept.index)
+        other = Kept(kept.whole_dy, kept.whole_x, kept.whole_w, kept.p, kept.k, kept.score_fn)
+        other.index = kept.index
+        return other
 
     ms: dict[str, float] = {}
     names_x, names_w = possible(kept.whole_x, kept.whole_w, kept.p)

@@ -62,36 +62,28 @@ def can_defer(module: nn.Module) -> bool:
 def patched_norm_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``cls``, a batch norm, that defers its input's gradient."""
     dense_forward, deferring_forward = cls.forward, _with_batch_norm(cls.forward)
-    is_behind_sparse, is_paired, catch = _is_behind_sparse, _is_paired, _CatchNorm
+    is_paired, catch = _is_paired, _CatchNorm
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if not (self.training and is_behind_sparse(x)):
+        if not (self.training and is_paired(x)):
             return dense_forward(self, *args, **kwargs)
         if deferring_forward is not None:
             return deferring_forward(self, *args, **kwargs)
-        if not is_paired(x):
-            return dense_forward(self, *args, **kwargs)
         with catch():
             return dense_forward(self, *args, **kwargs)
 
     return make_patched_class(PatchedNorm, patched_norm_class, cls, "forward", forward)
 
 
-def _is_behind_sparse(x: Any) -> bool:
-    """Whether ``x`` comes straight from a sparse convolution."""
-    return (
-        not torch.compiler.is_compiling()
-        and isinstance(x, Tensor)
-        and isinstance(x.grad_fn, SparseConvNode)
-    )
-
-
 def _is_paired(x: Any) -> bool:
     """Whether ``x`` comes straight from a sparse convolution that can use a deferred gradient."""
-    if not (_is_behind_sparse(x) and is_large_enough(x)) or _saves_elsewhere():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not is_large_enough(x):
         return False
-    order = deferred_order(score_fn_of(x.grad_fn))
+    node = x.grad_fn
+    if not isinstance(node, SparseConvNode) or _saves_elsewhere():
+        return False
+    order = deferred_order(score_fn_of(node))
     return order is not None and passes.can_split_norm(x.detach(), order)
 
 

@@ -54,8 +54,8 @@ def by_rule(kept: Kept) -> Ways:
         depthwise = p.groups > 1 and p.groups == p.out_channels(w)
         smaller = p.groups == 1 or (depthwise and (p.transposed or not is_channels_last(x)))
         return _GATHER if smaller else _MASK
-    k, last = kept.index.shape[0], is_channels_last(x)
-    return _on_cpu(_Layer(x.shape, w.shape, p, k, x.dtype, last, kept.can_be_direct, _AVX512))
+    last, direct = is_channels_last(x), kept.can_be_direct
+    return _on_cpu(_Layer(x.shape, w.shape, p, kept.number, x.dtype, last, direct, _AVX512))
 
 
 def when_traced(w: Tensor, p: ConvParams) -> Ways:

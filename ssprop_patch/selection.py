@@ -125,10 +125,11 @@ def resolve_selection(selection: Selection) -> ScoreFn:
 def deferred_order(score_fn: ScoreFn) -> int | None:
     """Return 1 (l1) or 2 (l2) if ``score_fn`` scores a gradient that batch norm has yet to form."""
     local = getattr(score_fn, "local", score_fn)  # of the scores of all ranks: of one rank
-    return _order(local)
+    return order_of(local)
 
 
-def _order(score_fn: ScoreFn) -> int | None:
+def order_of(score_fn: ScoreFn) -> int | None:
+    """Return 1 (l1) or 2 (l2) if the scores are in the order of the sums of such powers."""
     return 1 if score_fn is l1_scores else 2 if score_fn is l2_scores else None
 
 
@@ -150,7 +151,7 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
     """
     channels = dy.shape[1]
     parts = 1 if groups == channels else groups
-    order = _order(score_fn)
+    order = order_of(score_fn)
     if order is not None and not isinstance(dy, NormGradient):
         index = largest_channels(dy, order, k, parts)
         if index is not None:

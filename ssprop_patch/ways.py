@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import native
 from .kept import ConvParams, Grads, Kept, Mask, can_be_direct, dense_backward
-from .native.conv import conv_dw, conv_dx
-from .passes import is_channels_last, put_sums
+from .native.conv import conv_backward, conv_dw, conv_dx
+from .passes import are_for_c, is_channels_last, put_sums
 
 _convolution = torch.ops.aten.convolution.default
 
@@ -186,11 +186,33 @@ def direct_dw(kept: Kept) -> Tensor:
     return conv_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
 
 
+def direct(kept: Kept, needed: Mask) -> Grads:
+    """Return dX, dW and db by C functions: by one, which also chooses the channels, if it can."""
+    grads = _all_in_one(kept, needed)
+    if grads is not None:
+        return grads
+    need_x, need_w, need_b = needed
+    dw = direct_dw(kept) if need_w else None
+    dx = direct_dx(kept) if need_x else None
+    return dx, dw, kept.db() if need_b else None
+
+
 def rows(kept: Kept, needed: Mask) -> Grads:
-    """Return dX, dW and db of a single position by a C function."""
+    """As :func:`direct`, of a single position."""
+    grads = _all_in_one(kept, needed)
+    if grads is not None:
+        return grads
     if not kept.can_be_direct:  # as above
         return gather(kept, needed)
     return native.rows_backward(kept.dy, kept.whole_x, kept.whole_w, kept.index, needed)
+
+
+def _all_in_one(kept: Kept, needed: Mask) -> Grads | None:
+    dy, x, order = kept.whole_dy, kept.whole_x, kept.order
+    if order is None or not (kept.can_be_direct and are_for_c(dy) and dy.dtype is x.dtype):
+        return None
+    kept.index, grads = conv_backward(dy, x, kept.whole_w, kept.p, kept.k, order, needed)
+    return grads
 
 
 # --- which there are ----------------------------------------------------------------------------
@@ -201,6 +223,7 @@ TOGETHER: dict[str, Callable[[Kept, Mask], Grads]] = {
     "gather_nhwc": gather_nhwc,
     "mask": mask,
     "mask_nhwc": mask_nhwc,
+    "direct": direct,
     "rows": rows,
 }
 DX: dict[str, Callable[[Kept], Tensor]] = {

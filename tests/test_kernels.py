@@ -12,6 +12,7 @@ import ssprop_patch as ssp
 from ssprop_patch import functional, kernels, native, rules, ways
 from ssprop_patch.kept import ConvParams, Kept
 from ssprop_patch.passes import put_sums
+from ssprop_patch.selection import l1_scores
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,8 @@ def run(shape=(2, 8, 6, 6), c_out=10, kernel=1, groups=1, dtype=torch.float64, r
 
 def rule(x, w, p, kept):
     dy = torch.empty(x.shape[0], w.shape[0], *[1] * (x.dim() - 2))
-    return rules.by_rule(Kept(dy, x, w, p, torch.arange(kept)))
+    k = kept if p.groups == w.shape[0] else kept // p.groups
+    return rules.by_rule(Kept(dy, x, w, p, k, l1_scores))
 
 
 def test_a_choice_made_for_a_first_derivative_has_a_second_one(monkeypatch):

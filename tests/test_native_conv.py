@@ -53,17 +53,25 @@ def check(
         for length, pad, d, taps, s in zip(size, padding, dilation, kernel, stride, strict=True)
     )
     dy = random(generator, n, w.shape[0], *out)
+    # The channels that have the largest sums, too, for the function that chooses them.
+    dy[:, index] *= 100
     masked = torch.zeros_like(dy).index_copy_(1, index, dy[:, index])
-    expected_dx, expected_dw, _ = torch.ops.aten.convolution_backward(
-        masked, x, w, None, stride, padding, dilation, False, [0] * dims, groups,
-        [True, True, False],
+    expected_dx, expected_dw, expected_db = torch.ops.aten.convolution_backward(
+        masked, x, w, [w.shape[0]], stride, padding, dilation, False, [0] * dims, groups,
+        [True, True, True],
     )  # fmt: skip
     x, w = lying(x.to(dtype), x_last), lying(w.to(dtype), w_last)
     params = ConvParams(stride, padding, dilation, groups)
     args = (lying(dy[:, index].to(dtype), dy_last), x, w, index, params)
     assert native.is_available(x) and native.is_available(w) and conv.is_supported(x, w)
     dx, dw = conv.conv_dx(*args), conv.conv_dw(*args)
-    for got, like, expected in ((dx, x, expected_dx), (dw, w, expected_dw)):
+    b, whole_dy = w.new_empty(w.shape[0]), lying(dy.to(dtype), dy_last)
+    order, needed = 1 + sum(size) % 2, (True, True, True)
+    chosen, whole = conv.conv_backward(whole_dy, x, w, params, kept, order, needed)
+    assert torch.equal(chosen, index)
+    expected_by = zip((x, w, b), (expected_dx, expected_dw, expected_db), strict=True)
+    results = [*expected_by, (x, expected_dx), (w, expected_dw)]
+    for got, (like, expected) in zip((*whole, dx, dw), results, strict=True):
         assert got.dtype == dtype and got.shape == like.shape and got.stride() == like.stride()
         tolerance = TOLERANCES[dtype] * max(1.0, expected.abs().max().item())
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
@@ -117,6 +125,28 @@ def test_more_input_channels_than_are_computed_at_a_time(threads, last, groups, 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_more_terms_than_are_computed_at_a_time(last, kept, stride):
     check((7, 6), 1, 9, 101, kept, (3, 3), stride, 1, x_last=last, dy_last=last)
+
+
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("size, kernel", [((1, 1), (1, 1)), ((6, 5), (3, 3))], ids=str)
+def test_only_what_is_needed(layout, needed, size, kernel):
+    generator = torch.Generator().manual_seed(0)
+    x, w = random(generator, 3, 5, *size), random(generator, 9, 5, *kernel)
+    dy = random(generator, 3, 9, *(n - m + 1 for n, m in zip(size, kernel, strict=True)))
+    x, dy, w = (lying(t, layout[name]) for t, name in
+                ((x, "x_last"), (dy, "dy_last"), (w, "w_last")))  # fmt: skip
+    params = ConvParams((1, 1), (0, 0), (1, 1), 1)
+    index, all_of_them = conv.conv_backward(dy, x, w, params, 4, 2, (True, True, True))
+    again, grads = conv.conv_backward(dy, x, w, params, 4, 2, needed)
+    assert torch.equal(index, again)
+    for grad, like, need in zip(grads, all_of_them, needed, strict=True):
+        assert torch.equal(grad, like) if need else grad is None
+
+
+def test_one_position_between_padding_is_no_matrix_product():
+    check((1, 1), 1, 5, 9, 4, (1, 1), stride=3, padding=1)
+    check((1, 1), 1, 5, 9, 4, (1, 1), stride=3, padding=(0, 1))
 
 
 def test_one_channel_is_no_depthwise_convolution():

@@ -32,11 +32,15 @@ _PASSES = {
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
 }  # fmt: skip
-_CONV = {name: (*[_POINTER] * 5, _INT) for name in ("conv_dx", "conv_dw")}
+_CONV = {
+    "conv_dx": (*[_POINTER] * 5, _INT),
+    "conv_dw": (*[_POINTER] * 5, _INT),
+    "conv_backward": (*[_POINTER] * 4, _INT, *[_INT64] * 2, *[_POINTER] * 4, _INT),
+}
 # Files, functions, and what these return: nothing, or an int that is 0 if one failed.
 _LIBRARIES = {
     "passes": (("channels.c", "norm.c", "rows.c"), _PASSES, None),
-    "conv": (("conv.c",), _CONV, _INT),
+    "conv": (("conv.c", "channels.c", "rows.c", "whole.c"), _CONV, _INT),
 }
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .build import library
-from .tensors import NUMBERS, is_last, threads_for
+from .tensors import NUMBERS, is_last, pointer, threads_for
 
 if TYPE_CHECKING:
     from ..kept import ConvParams
 
-__all__ = ["conv_dw", "conv_dx", "is_supported"]
+__all__ = ["conv_backward", "conv_dw", "conv_dx", "is_supported"]
 
 
 def is_supported(x: Tensor, w: Tensor) -> bool:
@@ -67,6 +67,49 @@ def conv_dw(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> T
     return dw if w.is_contiguous() else torch.empty_like(w).copy_(dw)
 
 
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    p: ConvParams,
+    k: int,
+    order: int,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Choose the kept channels and return them with dX, dW and db, those that are ``needed``.
+
+    Args:
+        dy: (N, C_out, *out), all channels.
+        x, w, p: As for :func:`conv_dx`.
+        k: Channels to keep of each choice, see :func:`ssprop_patch.selection.selectable_channels`.
+        order: They are chosen by their sums of ``|dy| ** order``.
+        needed: Which of the three.
+
+    Raises:
+        MemoryError: If there is none for the work of a thread.
+    """
+    choices = 1 if p.groups == w.shape[0] else p.groups
+    index = torch.empty(choices * k, dtype=torch.int64)
+    dx = torch.empty_like(x) if needed[0] else None
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format) if needed[1] else None
+    db = w.new_empty(w.shape[0]) if needed[2] else None
+    formats = not x.is_contiguous(), not dy.is_contiguous()
+    whole_w = w.contiguous()
+    done = library(NUMBERS[x.dtype], "conv").conv_backward(
+        dy.data_ptr(), x.data_ptr(), whole_w.data_ptr(),
+        _shape(dy.shape, choices * k, x.shape, w.shape, p, *formats), order, choices, k,
+        index.data_ptr(), pointer(dx), pointer(dw), pointer(db), threads_for(x),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(_NO_MEMORY)
+    if dw is not None and not w.is_contiguous():
+        dw = torch.empty_like(w).copy_(dw)
+    return index, (dx, dw, db)
+
+
+_NO_MEMORY = "no memory for the backward of a convolution"
+
+
 def _call(
     function: Callable[..., int],
     dy: Tensor,
@@ -82,12 +125,12 @@ def _call(
         dy = dy.contiguous()
     index = index.contiguous()
     formats = not x.is_contiguous(), not dy.is_contiguous()
-    shape = _shape(dy.shape, x.shape, w.shape, p, *formats)
+    shape = _shape(dy.shape, dy.shape[1], x.shape, w.shape, p, *formats)
     done = function(
         dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
     )
     if not done:
-        raise MemoryError("no memory for the backward of a convolution")
+        raise MemoryError(_NO_MEMORY)
 
 
 _Shape = ctypes.c_int64 * 27  # as layout.h has it
@@ -95,7 +138,13 @@ _Shape = ctypes.c_int64 * 27  # as layout.h has it
 
 @functools.lru_cache(maxsize=4096)  # a small layer takes longer to describe than to compute
 def _shape(
-    dy: torch.Size, x: torch.Size, w: torch.Size, p: ConvParams, x_last: bool, dy_last: bool
+    dy: torch.Size,
+    kept: int,
+    x: torch.Size,
+    w: torch.Size,
+    p: ConvParams,
+    x_last: bool,
+    dy_last: bool,
 ) -> ctypes.Array[ctypes.c_int64]:
     sizes = (x[2:], dy[2:], w[2:], p.stride, p.padding, p.dilation)
     missing = 5 - len(x)  # of three spatial dimensions
@@ -103,7 +152,7 @@ def _shape(
         (*[filling] * missing, *numbers)
         for filling, numbers in zip((1, 1, 1, 1, 0, 1), sizes, strict=True)
     )
-    depthwise, kept = 1 < p.groups == w[0], dy[1]
+    depthwise = 1 < p.groups == w[0]
     computed, per_group = (kept, 1) if depthwise else (p.groups, kept // p.groups)
     return _Shape(
         *x[:2], *size, *out_size, w[0], computed, per_group, w[1], depthwise,
