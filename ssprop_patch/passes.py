@@ -110,7 +110,7 @@ def largest(scores: Tensor, k: int, groups: int) -> Tensor:
 
 def largest_channels(t: Tensor, order: int, k: int, groups: int) -> Tensor | None:
     """Return :func:`largest` of :func:`channel_sum` in one call; None where there is none."""
-    return native.largest_channels(t, order, k, groups) if are_for_c(t) else None
+    return native.largest_channels(t, order, k, groups) if is_done_by_c(t) else None
 
 
 def take_channels(t: Tensor, index: Tensor) -> Tensor:
@@ -296,6 +296,11 @@ def relu_backward(dz: Tensor, relu_out: Tensor | None) -> Tensor:
 def are_for_c(*tensors: Tensor) -> bool:
     """Whether the functions of :mod:`ssprop_patch.native` can take all of them."""
     return not torch.compiler.is_compiling() and all(map(native.is_available, tensors))
+
+
+def is_done_by_c(t: Tensor) -> bool:
+    """Whether the passes over ``t`` are done by C functions."""
+    return _kernels(t) is native
 
 
 def _kernels(t: Tensor) -> ModuleType | None:

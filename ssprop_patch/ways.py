@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import native
 from .kept import ConvParams, Grads, Kept, Mask, can_be_direct, dense_backward
-from .native.conv import conv_backward, conv_dw, conv_dx
-from .passes import are_for_c, is_channels_last, put_sums
+from .native.conv import conv_backward, conv_db, conv_dw, conv_dx
+from .passes import is_channels_last, is_done_by_c, put_sums
 
 _convolution = torch.ops.aten.convolution.default
 
@@ -192,9 +192,12 @@ def direct(kept: Kept, needed: Mask) -> Grads:
     if grads is not None:
         return grads
     need_x, need_w, need_b = needed
-    dw = direct_dw(kept) if need_w else None
-    dx = direct_dx(kept) if need_x else None
-    return dx, dw, kept.db() if need_b else None
+    if not kept.can_be_direct:  # as above
+        return gather(kept, needed)
+    args = kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p
+    dw = conv_dw(*args) if need_w else None
+    dx = conv_dx(*args) if need_x else None
+    return dx, dw, conv_db(*args) if need_b else None
 
 
 def rows(kept: Kept, needed: Mask) -> Grads:
@@ -209,7 +212,7 @@ def rows(kept: Kept, needed: Mask) -> Grads:
 
 def _all_in_one(kept: Kept, needed: Mask) -> Grads | None:
     dy, x, order = kept.whole_dy, kept.whole_x, kept.order
-    if order is None or not (kept.can_be_direct and are_for_c(dy) and dy.dtype is x.dtype):
+    if order is None or not (kept.can_be_direct and is_done_by_c(dy) and dy.dtype is x.dtype):
         return None
     kept.index, grads = conv_backward(dy, x, kept.whole_w, kept.p, kept.k, order, needed)
     return grads

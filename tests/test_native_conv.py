@@ -64,14 +64,14 @@ def check(
     params = ConvParams(stride, padding, dilation, groups)
     args = (lying(dy[:, index].to(dtype), dy_last), x, w, index, params)
     assert native.is_available(x) and native.is_available(w) and conv.is_supported(x, w)
-    dx, dw = conv.conv_dx(*args), conv.conv_dw(*args)
+    dx, dw, db = conv.conv_dx(*args), conv.conv_dw(*args), conv.conv_db(*args)
     b, whole_dy = w.new_empty(w.shape[0]), lying(dy.to(dtype), dy_last)
     order, needed = 1 + sum(size) % 2, (True, True, True)
     chosen, whole = conv.conv_backward(whole_dy, x, w, params, kept, order, needed)
     assert torch.equal(chosen, index)
     expected_by = zip((x, w, b), (expected_dx, expected_dw, expected_db), strict=True)
-    results = [*expected_by, (x, expected_dx), (w, expected_dw)]
-    for got, (like, expected) in zip((*whole, dx, dw), results, strict=True):
+    results = [*expected_by] * 2
+    for got, (like, expected) in zip((*whole, dx, dw, db), results, strict=True):
         assert got.dtype == dtype and got.shape == like.shape and got.stride() == like.stride()
         tolerance = TOLERANCES[dtype] * max(1.0, expected.abs().max().item())
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)

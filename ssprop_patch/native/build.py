@@ -35,6 +35,7 @@ _PASSES = {
 _CONV = {
     "conv_dx": (*[_POINTER] * 5, _INT),
     "conv_dw": (*[_POINTER] * 5, _INT),
+    "conv_db": (*[_POINTER] * 4,),
     "conv_backward": (*[_POINTER] * 4, _INT, *[_INT64] * 2, *[_POINTER] * 4, _INT),
 }
 # Files, functions, and what these return: nothing, or an int that is 0 if one failed.

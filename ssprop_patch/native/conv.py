@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .tensors import NUMBERS, is_last, pointer, threads_for
 if TYPE_CHECKING:
     from ..kept import ConvParams
 
-__all__ = ["conv_backward", "conv_dw", "conv_dx", "is_supported"]
+__all__ = ["conv_backward", "conv_db", "conv_dw", "conv_dx", "is_supported"]
 
 
 def is_supported(x: Tensor, w: Tensor) -> bool:
@@ -65,6 +65,17 @@ def conv_dw(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> T
     dw = torch.empty_like(w, memory_format=torch.contiguous_format)
     _call(library(NUMBERS[x.dtype], "conv").conv_dw, dy, x, x, w, index, p, dw)
     return dw if w.is_contiguous() else torch.empty_like(w).copy_(dw)
+
+
+def conv_db(dy: Tensor, x: Tensor, w: Tensor, index: Tensor, p: ConvParams) -> Tensor:
+    """Return db, zeros where no channel is kept; arguments as for :func:`conv_dx`."""
+    db = w.new_empty(w.shape[0])
+    dy, shape = _described(dy, x, w, p)
+    index = index.contiguous()
+    library(NUMBERS[x.dtype], "conv").conv_db(
+        dy.data_ptr(), index.data_ptr(), shape, db.data_ptr()
+    )
+    return db
 
 
 def conv_backward(
@@ -121,16 +132,21 @@ def _call(
     out: Tensor,
 ) -> None:
     """Call a function of conv.c, which reads ``dy`` and ``other``."""
-    if not (dy.is_contiguous() or is_last(dy)):
-        dy = dy.contiguous()
+    dy, shape = _described(dy, x, w, p)
     index = index.contiguous()
-    formats = not x.is_contiguous(), not dy.is_contiguous()
-    shape = _shape(dy.shape, dy.shape[1], x.shape, w.shape, p, *formats)
     done = function(
         dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
     )
     if not done:
         raise MemoryError(_NO_MEMORY)
+
+
+def _described(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams) -> tuple[Tensor, Any]:
+    """Return the kept channels of dy, as C reads them, and the sizes."""
+    if not (dy.is_contiguous() or is_last(dy)):
+        dy = dy.contiguous()
+    formats = not x.is_contiguous(), not dy.is_contiguous()
+    return dy, _shape(dy.shape, dy.shape[1], x.shape, w.shape, p, *formats)
 
 
 _Shape = ctypes.c_int64 * 27  # as layout.h has it

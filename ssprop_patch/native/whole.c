@@ -27,10 +27,10 @@ static int are_rows(const Shape *s)
     return s->groups == 1 && product(s->in) == 1 && product(s->kernel) == 1 && !pad;
 }
 
-/* db, whole, of `size` positions. */
-static void sum_channels(
-    const T *dy, const int64_t *index, const Shape *s, int64_t kept, int64_t size, T *db)
+/* db, whole. `dy` has the kept channels only. */
+void conv_db(const T *dy, const int64_t *index, const Shape *s, T *db)
 {
+    int64_t kept = s->groups * s->kept, size = product(s->out);
     memset(db, 0, s->c_out * sizeof(T));
     for (int64_t j = 0; j < kept; j++) {
         double sum = 0;
@@ -69,7 +69,7 @@ int conv_backward(
         rows_backward(taken, x, w, index, s->n, s->c_in, s->c_out, kept, dx, dw, db, threads);
     else {
         if (db)
-            sum_channels(taken, index, s, kept, size, db);
+            conv_db(taken, index, s, db);
         done = (!dw || conv_dw(taken, x, index, s, dw, threads))
             && (!dx || conv_dx(taken, w, index, s, dx, threads));
     }
