@@ -3,7 +3,7 @@
 Each does in one reading what takes torch's operations several, or two while what was read is still
 in the cache. They take contiguous and channels_last tensors of float32 and float64, sum in float64,
 give the same bits in every run with the same number of threads, and use torch's threads. They are
-compiled at their first use (half a second), if there is a C compiler; ask :func:`is_available`
+compiled at their first use (a second or two), if there is a C compiler; ask :func:`is_available`
 before each. None of them is differentiable, and none is for a traced tensor (torch.compile).
 """
 
