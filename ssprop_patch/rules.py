@@ -26,7 +26,8 @@ _AVX2_BLOCK = 8
 _MOST_TERMS, _MOST_STRIDED_TERMS, _MOST_DW_TERMS, _MOST_3D_TERMS = 300, 480, 700, 2000
 _NOT_SMALL = 144
 # Inputs, and products of an input and a weight, of a 1x1 convolution that C functions take.
-_FEW_INPUTS, _FEW_PRODUCTS, _FEW_PRODUCTS_LAST, _MOST_FOR_ROWS = 2**15, 2**19, 2e6, 5e6
+_FEW_INPUTS, _FEW_PRODUCTS, _FEW_PRODUCTS_WIDE, _FEW_PRODUCTS_LAST = 2**18, 1.5e6, 2.5e5, 4e6
+_MOST_FOR_ROWS = 5e6
 
 
 class _Layer(NamedTuple):
@@ -115,8 +116,9 @@ def _pointwise(layer: _Layer) -> Ways:
     if positions == 1:  # squeeze and excitation
         return _ROWS if layer.direct and size <= _MOST_FOR_ROWS else _MATMUL
     if layer.direct and max(layer.p.stride) == 1:
-        few = math.prod(x) <= _FEW_INPUTS and size <= _FEW_PRODUCTS
-        if few or (layer.last and size <= _FEW_PRODUCTS_LAST):
+        narrow = x[1] <= 128 and k <= 32
+        few = _FEW_PRODUCTS_LAST if layer.last else _FEW_PRODUCTS if narrow else _FEW_PRODUCTS_WIDE
+        if size <= few and math.prod(x) <= _FEW_INPUTS:
             return _DIRECT
     if layer.last:
         pays = size <= 8e6 if layer.avx512 else k >= 32 or math.prod(x) <= 2**19

@@ -314,6 +314,39 @@ def test_the_rules_for_ordinary_layers_with_c_functions(
 
 
 @pytest.mark.skipif(native.build.find_compiler() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize(
+    ("size", "channels", "kept", "stride", "layout", "way"),
+    [
+        (10, 32, 8, 1, torch.contiguous_format, "direct"),
+        (10, 32, 8, 2, torch.contiguous_format, "matmul"),
+        (24, 96, 32, 1, torch.contiguous_format, "matmul"),
+        (10, 128, 32, 1, torch.contiguous_format, "matmul"),
+        (10, 128, 29, 1, torch.contiguous_format, "direct"),
+        (5, 129, 20, 1, torch.contiguous_format, "matmul"),
+        (5, 129, 19, 1, torch.contiguous_format, "direct"),
+        (5, 32, 80, 1, torch.contiguous_format, "matmul"),
+        (10, 128, 78, 1, torch.channels_last, "direct"),
+        (10, 128, 79, 1, torch.channels_last, "matmul"),
+        (1, 300, 80, 1, torch.contiguous_format, "rows"),
+        (1, 300, 80, 1, torch.channels_last, "rows"),
+        (1, 20000, 80, 1, torch.contiguous_format, "matmul"),
+    ],
+)
+def test_the_rules_for_1x1_layers_with_c_functions(
+    avx512, size, channels, kept, stride, layout, way, monkeypatch
+):
+    monkeypatch.setattr(rules, "_AVX512", avx512)
+    x = torch.empty(4, channels, size, size).contiguous(memory_format=layout)
+    w = torch.empty(80, channels, 1, 1)
+    p = ConvParams((stride,) * 2, (0, 0), (1, 1), 1)
+    found = str(rule(x, w, p, kept))
+    assert found == way or (avx512 and way == "matmul" and found == "gather")
+    monkeypatch.setattr(native, "is_available", lambda t: False)
+    assert str(rule(x, w, p, kept)) in ("matmul", "gather")
+
+
+@pytest.mark.skipif(native.build.find_compiler() is None, reason="there is no C compiler")
 @pytest.mark.parametrize(
     ("samples", "kept", "stride", "layout", "way"),
     [

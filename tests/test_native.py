@@ -38,7 +38,7 @@ SHAPES = [
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
     for module in (native.channels, native.norm, native.rows):
-        monkeypatch.setattr(module, "threads_for", lambda t: request.param)
+        monkeypatch.setattr(module, "threads_for", lambda *args: request.param)
 
 
 def random(shape, dtype, last, seed=0):

@@ -80,7 +80,7 @@ def check(
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(conv, "threads_for", lambda t: request.param)
+    monkeypatch.setattr(conv, "threads_for", lambda *args: request.param)
 
 
 FORMATS = [dict(zip(("x_last", "dy_last", "w_last"), f, strict=True))

@@ -109,7 +109,8 @@ def conv_backward(
     done = library(NUMBERS[x.dtype], "conv").conv_backward(
         dy.data_ptr(), x.data_ptr(), whole_w.data_ptr(),
         _shape(dy.shape, choices * k, x.shape, w.shape, p, *formats), order, choices, k,
-        index.data_ptr(), pointer(dx), pointer(dw), pointer(db), threads_for(x),
+        index.data_ptr(), pointer(dx), pointer(dw), pointer(db),
+        threads_for(x, dy.numel() // dy.shape[1] * choices * k),
     )  # fmt: skip
     if not done:
         raise MemoryError(_NO_MEMORY)
@@ -135,7 +136,8 @@ def _call(
     dy, shape = _described(dy, x, w, p)
     index = index.contiguous()
     done = function(
-        dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(), threads_for(x)
+        dy.data_ptr(), other.data_ptr(), index.data_ptr(), shape, out.data_ptr(),
+        threads_for(x, dy.numel()),
     )
     if not done:
         raise MemoryError(_NO_MEMORY)

@@ -41,9 +41,9 @@ def is_matrix(t: Tensor) -> bool:
     return not t.is_contiguous() or math.prod(t.shape[2:]) == 1
 
 
-def threads_for(t: Tensor) -> int:
-    """Return how many threads work on ``t``."""
-    return torch.get_num_threads() if t.numel() >= _ENOUGH else 1
+def threads_for(t: Tensor, other: int = 0) -> int:
+    """Return how many threads work on ``t``, or on ``other`` elements if these are more."""
+    return torch.get_num_threads() if max(t.numel(), other) >= _ENOUGH else 1
 
 
 def doubles(size: int) -> Tensor:
