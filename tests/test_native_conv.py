@@ -217,7 +217,7 @@ def test_a_gradient_that_lies_in_no_format():
 def test_the_number_of_threads_changes_no_bit_of_contiguous_tensors(groups, monkeypatch):
     found = []
     for number in (1, 2, 3):
-        monkeypatch.setattr(conv, "threads_for", lambda t, number=number: number)
+        monkeypatch.setattr(conv, "threads_for", lambda *args, number=number: number)
         sizes = ((20, 20), groups, 80 // groups, 8, 2, (3, 3))
         found.append(check(*sizes, padding=1, n=30, dtype=torch.float32))
     for dx, dw in found[1:]:
