@@ -32,7 +32,7 @@ from ._text import columns
 from .kept import Kept
 from .passes import is_channels_last
 from .rules import by_rule, when_traced
-from .ways import DW, DX, Ways, possible
+from .ways import CHOOSING, DW, DX, Ways, possible
 
 #: Whether ways are timed at the first use of a shape. Off, as in cuDNN: choices that differ from
 #: run to run round differently, and inputs whose shapes never repeat would be timed all the time.
@@ -135,15 +135,25 @@ def _measure(kept: Kept, need_x: bool, need_w: bool, key: _Key) -> Choice:
             times.append(time.perf_counter() - start)
         return 1e3 * min(times[1:])
 
-    # What several ways read is made once in a backward, so it is timed apart.
+    def unchosen() -> Kept:
+        return Kept(kept.whole_dy, kept.whole_x, kept.whole_w, kept.p, kept.k, kept.score_fn)
+
     def fresh() -> Kept:
-        other = Kept(kept.whole_dy, kept.whole_x, kept.whole_w, kept.p, kept.k, kept.score_fn)
+        other = unchosen()
         other.index = kept.index
         return other
 
     ms: dict[str, float] = {}
     names_x, names_w = possible(kept.whole_x, kept.whole_w, kept.p)
-    made = {"dy": milliseconds(lambda: fresh().dy)}
+    # What several ways read is made once in a backward, so it is timed apart; some ways make it all
+    # by themselves, and are timed whole.
+    made, whole = {"index": 0.0}, {}
+    if kept.order is not None:
+        made["index"] = milliseconds(lambda: unchosen().index)
+        needed = (need_x, need_w, False)
+        for name in CHOOSING.keys() & set(names_x):
+            whole[name] = milliseconds(lambda name=name: CHOOSING[name](unchosen(), needed))
+    made["dy"] = milliseconds(lambda: fresh().dy)
     if kept.p.groups > 1:
         made["masked_dy"] = milliseconds(lambda: fresh().masked_dy)
     for name in names_x if need_x else ():
@@ -152,9 +162,11 @@ def _measure(kept: Kept, need_x: bool, need_w: bool, key: _Key) -> Choice:
         ms[f"dw {name}"] = milliseconds(lambda name=name: DW[name](kept))
 
     def total(ways: Ways) -> float:
+        if ways.dx == ways.dw and ways.dx in whole:
+            return whole[ways.dx]
         parts = [f"dx {ways.dx}"] * need_x + [f"dw {ways.dw}"] * need_w
         reads = {"masked_dy" if "mask" in part else "dy" for part in parts}
-        return sum(ms[part] for part in parts) + sum(made[read] for read in reads)
+        return sum(ms[part] for part in parts) + sum(made[read] for read in reads | {"index"})
 
     best = min((Ways(dx, dw) for dx in names_x for dw in names_w), key=total)
     rule = by_rule(kept)

@@ -160,6 +160,11 @@ def _is_single(x: Tensor) -> bool:
     return x.shape[2:].numel() == 1
 
 
+def _are_rows(x: Tensor, w: Tensor, p: ConvParams) -> bool:
+    """Whether a convolution is a matrix product with one row for each sample."""
+    return p.groups == 1 and _is_single(x) and is_pointwise(w.shape, p)
+
+
 def _rows(t: Tensor) -> Tensor:
     """Return (N, C, *spatial) as a matrix of positions by channels."""
     return t.movedim(1, -1).reshape(-1, t.shape[1])
@@ -205,8 +210,8 @@ def rows(kept: Kept, needed: Mask) -> Grads:
     grads = _all_in_one(kept, needed)
     if grads is not None:
         return grads
-    if not kept.can_be_direct:  # as above
-        return gather(kept, needed)
+    if not (kept.can_be_direct and _are_rows(kept.whole_x, kept.whole_w, kept.p)):
+        return gather(kept, needed)  # as above; or loaded for another layer
     return native.rows_backward(kept.dy, kept.whole_x, kept.whole_w, kept.index, needed)
 
 
@@ -220,14 +225,15 @@ def _all_in_one(kept: Kept, needed: Mask) -> Grads | None:
 
 # --- which there are ----------------------------------------------------------------------------
 
-#: Ways that compute all gradients in one call.
+#: Ways that compute all gradients in one call, and choose the channels in it where they can.
+CHOOSING: dict[str, Callable[[Kept, Mask], Grads]] = {"direct": direct, "rows": rows}
+#: All ways that compute all gradients in one call.
 TOGETHER: dict[str, Callable[[Kept, Mask], Grads]] = {
     "gather": gather,
     "gather_nhwc": gather_nhwc,
     "mask": mask,
     "mask_nhwc": mask_nhwc,
-    "direct": direct,
-    "rows": rows,
+    **CHOOSING,
 }
 DX: dict[str, Callable[[Kept], Tensor]] = {
     **{name: lambda kept, way=way: way(kept, _DX)[0] for name, way in TOGETHER.items()},
@@ -268,8 +274,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if p.transposed:
         return ["gather"], ["gather"]
     dx, dw = ["gather"], ["gather"]
-    pointwise = is_pointwise(w.shape, p) and p.groups == 1
-    if pointwise:
+    if is_pointwise(w.shape, p) and p.groups == 1:
         dx.append("matmul")
         # A batch of products is summed at last: in half precision that would round in between.
         summed = not (_is_single(x) or is_channels_last(x))
@@ -285,7 +290,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
     if can_be_direct(x, w):
         names = ["direct"]
-        if pointwise and _is_single(x):
+        if _are_rows(x, w, p):
             names.append("rows")
         dx += names
         dw += names

@@ -10,6 +10,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from ssprop_patch import functional, kernels, native, rules, ways
+from ssprop_patch import kept as kept_module
 from ssprop_patch.kept import ConvParams, Kept
 from ssprop_patch.passes import put_sums
 from ssprop_patch.selection import l1_scores
@@ -89,22 +90,44 @@ def test_the_fastest_of_each_is_taken_and_timed_once(fast_dx, fast_dw, measuring
     ran = []
 
     def slowed(part, name, way, fast):
-        def slow(kept):
+        def slow(*args):
             ran.append((part, name))
             time.sleep(0 if name == fast else 0.02)
-            return way(kept)
+            return way(*args)
 
         return slow
 
     for part, table, fast in (("dx", ways.DX, fast_dx), ("dw", ways.DW, fast_dw)):
         for name, way in list(table.items()):
             monkeypatch.setitem(table, name, slowed(part, name, way, fast))
+    for name, way in list(ways.CHOOSING.items()):
+        monkeypatch.setitem(ways.CHOOSING, name, slowed("both", name, way, None))
     run()
     [choice] = kernels.choices()
     assert (choice.dx, choice.dw) == (fast_dx, fast_dw)
     ran.clear()
     assert run(seed=1) < 1e-12
     assert ran == [("dw", fast_dw), ("dx", fast_dx)]
+
+
+@pytest.mark.skipif(native.build.find_compiler() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("choosing", [0.0, 0.05])
+def test_a_way_that_chooses_the_channels_itself_is_measured_with_that(
+    choosing, measuring, monkeypatch
+):
+    # Of two parts and the choice of channels 40 ms and that, of the one call 60.
+    select, real = kept_module.select_channels, ways.CHOOSING["direct"]
+    monkeypatch.setattr(
+        kept_module, "select_channels", lambda *args: time.sleep(choosing) or select(*args)
+    )
+    for table in (ways.DX, ways.DW):
+        for name, way in list(table.items()):
+            monkeypatch.setitem(table, name, lambda k, way=way: time.sleep(0.02) or way(k))
+    monkeypatch.setitem(ways.CHOOSING, "direct", lambda *args: time.sleep(0.06) or real(*args))
+    monkeypatch.setattr(kernels, "by_rule", lambda kept: ways.Ways("gather", "gather"))
+    assert run(kernel=3) < 1e-12
+    [choice] = kernels.choices()
+    assert (choice.dx == choice.dw == "direct") is (choosing > 0)
 
 
 def test_each_shape_rate_and_need_is_a_choice_of_its_own(measuring):
@@ -160,6 +183,16 @@ def test_saved_choices_are_used_without_measuring(measuring, tmp_path, monkeypat
     monkeypatch.setattr(kernels, "choose", lambda *args: used.append(choose(*args)) or used[-1])
     assert run() < 1e-12
     assert used == [(content[0]["dx"], content[0]["dw"])]
+
+
+@pytest.mark.parametrize("kernel, groups", [(1, 1), (3, 1), (3, 2)])
+def test_rows_of_a_layer_with_several_positions_are_the_ordinary_gradient(
+    kernel, groups, monkeypatch
+):
+    monkeypatch.setattr(kernels, "choose", lambda *args: ways.Ways("rows", "rows"))
+    assert run(kernel=kernel, groups=groups) < 1e-12
+    monkeypatch.setattr(ways, "is_done_by_c", lambda t: False)
+    assert run(kernel=kernel, groups=groups) < 1e-12
 
 
 def test_choices_of_another_machine_stand_aside(measuring, tmp_path):

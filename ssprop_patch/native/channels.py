@@ -31,7 +31,7 @@ def channel_sums(t: Tensor, order: int) -> Tensor:
     last, threads = is_matrix(t), threads_for(t)
     c = t.shape[1]
     out = t.new_empty(c)
-    work = doubles(threads * c) if last else None
+    work = doubles(t, threads * c) if last else None
     library_for(t).channel_sums(
         t.data_ptr(), *sizes(t), last, order, out.data_ptr(), pointer(work), threads
     )
@@ -51,7 +51,8 @@ def largest(scores: Tensor, k: int, groups: int) -> Tensor:
         int64, (groups * k,).
     """
     scores, size = scores.contiguous(), scores.shape[0] // groups
-    index, work = torch.empty(groups * k, dtype=torch.int64), scores.new_empty(2 * size)
+    index = scores.new_empty(groups * k, dtype=torch.int64)
+    work = scores.new_empty(2 * size)
     library_for(scores).largest(
         scores.data_ptr(), groups, size, k, work.data_ptr(), index.data_ptr()
     )
@@ -62,7 +63,8 @@ def largest_channels(t: Tensor, order: int, k: int, groups: int) -> Tensor:
     """Return :func:`largest` of :func:`channel_sums`."""
     n, c, s = sizes(t)
     threads = threads_for(t)
-    index, work = torch.empty(groups * k, dtype=torch.int64), doubles((threads + 3) * c)
+    index = t.new_empty(groups * k, dtype=torch.int64)
+    work = doubles(t, (threads + 3) * c)
     library_for(t).largest_channels(
         t.data_ptr(), n, c, s, is_matrix(t), order, groups, k,
         work.data_ptr(), index.data_ptr(), threads,

@@ -100,7 +100,7 @@ def conv_backward(
         MemoryError: If there is none for the work of a thread.
     """
     choices = 1 if p.groups == w.shape[0] else p.groups
-    index = torch.empty(choices * k, dtype=torch.int64)
+    index = dy.new_empty(choices * k, dtype=torch.int64)
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.empty_like(w, memory_format=torch.contiguous_format) if needed[1] else None
     db = w.new_empty(w.shape[0]) if needed[2] else None

@@ -49,7 +49,7 @@ def norm_sums(
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
     weight, mean, invstd = _vectors(x.dtype, weight, mean, invstd)
     sums = x.new_empty(3, c)
-    work, lines = (doubles(threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
+    work, lines = (doubles(x, threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
     library_for(x).norm_sums(
         dz.data_ptr(), relu_out.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(),
         pointer(weight), *sizes(x), last, relu, order,

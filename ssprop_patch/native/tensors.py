@@ -46,9 +46,9 @@ def threads_for(t: Tensor, other: int = 0) -> int:
     return torch.get_num_threads() if max(t.numel(), other) >= _ENOUGH else 1
 
 
-def doubles(size: int) -> Tensor:
-    """Return what sums are made in."""
-    return torch.empty(size, dtype=torch.float64)
+def doubles(t: Tensor, size: int) -> Tensor:
+    """Return what sums of ``t`` are made in."""
+    return t.new_empty(size, dtype=torch.float64)
 
 
 def empty_of_channels(t: Tensor, k: int) -> Tensor:
