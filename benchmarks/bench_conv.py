@@ -52,6 +52,9 @@ LAYERS = (
     "conv2d:16x96x32x32:96:5:groups=96",
     "conv2d:16x96x32x32:96:7:groups=96",
     "conv2d:16x128x32x32:128:3:groups=32",
+    "conv2d:8x480x1x1:20:1:bias=1",  # of squeeze and excitation
+    "conv2d:8x112x10x10:32:1",
+    "conv2d:8x48x10x10:48:3",
     "conv1d:16x64x1024:128:3",
     "conv3d:4x32x8x28x28:64:3",
     "conv3d:1x32x16x32x32:32:3",
