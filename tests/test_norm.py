@@ -411,7 +411,7 @@ def test_under_compiled_autograd_the_backward_is_one_graph(way, formed):
 def test_batched_gradients_are_a_clear_error(way):
     model, x = ssp.convert(net(), RATE, selection=way.selection), inputs()
     y = model(x)
-    with pytest.raises(RuntimeError, match="does not work inside torch.func.*is_grads_batched"):
+    with pytest.raises(RuntimeError, match=r"does not work inside torch\.func.*is_grads_batched"):
         torch.autograd.grad(y, x, torch.ones(2, *y.shape).double(), is_grads_batched=True)
 
 
@@ -527,7 +527,8 @@ def test_synchronized_norms_and_wrapped_forwards_stay_as_they_are(way):
 
 
 def test_converting_the_norms_to_synchronized_ones_afterwards(way):
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(ssp.convert(net(), RATE, selection=way.selection))
+    model = ssp.convert(net(), RATE, selection=way.selection)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert not norms_of(model) and isinstance(model[1], nn.SyncBatchNorm)
     ssp.revert(model)
 

@@ -320,7 +320,7 @@ def test_measured_says_which_layers_pay(monkeypatch):
     lines = str(plan).splitlines()
     head = "name input weight dense ms sparse ms share kernel pays alone"
     assert lines[0].split() == head.split()
-    assert lines[1].split() == ["0", "1x3x8x8", "4x3x3x3", "2.000", "1.000", "0.50", "gather", "yes"]
+    assert lines[1].split() == "0 1x3x8x8 4x3x3x3 2.000 1.000 0.50 gather yes".split()
     assert "one output channel" in lines[3]
     assert lines[-2] == "3 layers: 2 to convert, 1 stay dense; 1 pay alone"
     assert lines[-1].endswith(
