@@ -106,13 +106,13 @@ class Kept:
     @property
     def order(self) -> int | None:
         """1 or 2 while the channels are still to be chosen by sums of ``|dy| ** order``."""
-        is_plain = self._index is None and not isinstance(self.whole_dy, NormGradient)
-        return order_of(self.score_fn) if is_plain else None
+        return order_of(self.score_fn) if self._index is None else None
 
     @_once
     def can_be_direct(self) -> bool:
         """As :func:`can_be_direct`."""
-        return can_be_direct(self.whole_x, self.whole_w)
+        x = self.whole_x
+        return self.whole_dy.dtype is x.dtype and can_be_direct(x, self.whole_w)
 
     @_once
     def dy(self) -> Tensor:

@@ -152,7 +152,7 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
     channels = dy.shape[1]
     parts = 1 if groups == channels else groups
     order = order_of(score_fn)
-    if order is not None and not isinstance(dy, NormGradient):
+    if order is not None:
         index = largest_channels(dy, order, k, parts)
         if index is not None:
             return index

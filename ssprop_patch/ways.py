@@ -216,10 +216,11 @@ def rows(kept: Kept, needed: Mask) -> Grads:
 
 
 def _all_in_one(kept: Kept, needed: Mask) -> Grads | None:
-    dy, x, order = kept.whole_dy, kept.whole_x, kept.order
-    if order is None or not (kept.can_be_direct and is_done_by_c(dy) and dy.dtype is x.dtype):
+    dy, order = kept.whole_dy, kept.order
+    if order is None or not (kept.can_be_direct and is_done_by_c(dy)):
         return None
-    kept.index, grads = conv_backward(dy, x, kept.whole_w, kept.p, kept.k, order, needed)
+    args = dy, kept.whole_x, kept.whole_w, kept.p, kept.k, order, needed
+    kept.index, grads = conv_backward(*args)
     return grads
 
 

@@ -573,6 +573,16 @@ def _layer(groups, layout, dtype=torch.float32):
     return x, w, b, dy
 
 
+@pytest.mark.parametrize("scores", [l1_scores, random_scores])
+@pytest.mark.parametrize("groups, layout", LAYERS)
+def test_a_gradient_of_another_dtype_is_torchs_error(groups, layout, scores):
+    # C functions would read it as what it is not.
+    x, w, _, dy = (t.detach() for t in _layer(groups, layout))
+    params = ConvParams((1, 1), (0, 0), (1, 1), groups)
+    with pytest.raises(RuntimeError, match="float|Double"):
+        sparse_backward(dy.double(), x, w, params, 2, scores, (True, True, False))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("selection", ["l1", "l2"])
 @pytest.mark.parametrize("groups, layout", LAYERS)
