@@ -130,6 +130,22 @@ def test_a_way_that_chooses_the_channels_itself_is_measured_with_that(
     assert (choice.dx == choice.dw == "direct") is (choosing > 0)
 
 
+@pytest.mark.skipif(native.build.find_compiler() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("size, kernel, groups", [(6, 1, 1), (6, 3, 2), (6, 3, 8), (1, 1, 1)])
+@pytest.mark.parametrize("selection, calls", [("l1", 1), ("l2", 1), ("random", 0)])
+def test_a_small_layer_is_one_call(size, kernel, groups, selection, calls, monkeypatch):
+    made, real = [], ways.conv_backward
+    monkeypatch.setattr(ways, "conv_backward", lambda *args: made.append(args) or real(*args))
+    x = torch.randn(2, 8, size, size, requires_grad=True)
+    w = torch.randn(8, 8 // groups, kernel, kernel, requires_grad=True)
+    padding = kernel // 2
+    y = functional.conv2d(
+        x, w, padding=padding, groups=groups, drop_rate=0.5, selection=selection
+    )
+    y.backward(torch.randn_like(y))
+    assert len(made) == calls
+
+
 def test_each_shape_rate_and_need_is_a_choice_of_its_own(measuring):
     run()
     run(shape=(3, 8, 6, 6))
