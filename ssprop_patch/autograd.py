@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import opaque
+from . import lazy_grad, opaque
 from .backward import Record, linear_backward, sparse_backward
 from .kept import ConvParams
 from .operations import Geometry, Operation, Size
@@ -224,7 +224,7 @@ class _SparseConv(torch.autograd.Function):
         record: Record | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.config = params, k, score_fn, record  # read by the norm behind, too
+        ctx.config = params, k, score_fn, record
         y = _convolution(x, w, b, params)
         if record is not None:
             record.forward(x, w, y)
@@ -234,7 +234,9 @@ class _SparseConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         params, k, score_fn, record = ctx.config
-        needed = ctx.needs_input_grad[:3]
+        needed = _output_mask(ctx)
+        if not torch.compiler.is_compiling():
+            lazy_grad.prepare_before(ctx, x, score_fn_of)
         grads = _outside_of_autocast(
             sparse_backward, dy, x, w, params, k, score_fn, needed, record
         )
@@ -253,6 +255,11 @@ _apply_plain = super(torch.autograd.Function, _SparseConv).apply
 def score_fn_of(node: Any) -> ScoreFn:
     """Return what scores the channels of a :data:`SparseConvNode`."""
     return node.config[2]
+
+
+def make_lazy(out: Tensor) -> None:
+    """Make the gradients lazy that come before ``out``, as a sparse convolution of it would."""
+    lazy_grad.prepare(out.grad_fn, SparseConvNode, score_fn_of)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -279,9 +286,29 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        mask = tuple(ctx.needs_input_grad[:3])
-        grads = _outside_of_autocast(linear_backward, dy, x, w, *ctx.config, mask, ctx.record)
+        needed = _output_mask(ctx)
+        grads = _outside_of_autocast(linear_backward, dy, x, w, *ctx.config, needed, ctx.record)
         return *grads, None, None, None
+
+
+def _output_mask(ctx: Any) -> tuple[bool, ...]:
+    """Return which of dX, dW and db this backward is after.
+
+    ``torch.autograd.grad`` and ``backward(inputs=...)`` may leave some out, which torch's own
+    convolution does not compute then either; ``needs_input_grad`` knows the forward only.
+    """
+    needed = ctx.needs_input_grad[:3]
+    if torch.compiler.is_compiling():
+        return needed
+    nodes = ctx.next_functions
+    return tuple(n and _is_asked_for(nodes[i][0]) for i, n in enumerate(needed))
+
+
+def _is_asked_for(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad returns
+        return True
 
 
 def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -14,12 +13,10 @@ from . import presets
 from ._validate import check_count
 from .controller import Policy, SparsityController
 from .iterations import Membership
-from .modules import Patch, Patched, PatchedLayer, original_class, patched_class
-from .norm import deferring_norms, patched_norm_class
+from .modules import Patched, PatchedLayer, original_class, patched_class
 from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
-from .relu import deferring_relus, patched_relu_class
 from .schedules import Schedule
-from .selection import Selection, deferred_order, resolve_selection
+from .selection import Selection, resolve_selection
 from .synchronize import synchronized
 
 if TYPE_CHECKING:
@@ -124,12 +121,7 @@ def convert(
     }
     layers = {row.module: policies[row.drop_rate] for row in todo.converted}
     roots = {model: controller} if layers else {}
-    helpers: dict[nn.Module, Patch] = {}
-    norms = deferring_norms(model, deferred_order(score_fn)) if layers else ()
-    if norms:
-        helpers.update(dict.fromkeys(norms, patched_norm_class))
-        helpers.update(dict.fromkeys(deferring_relus(model), patched_relu_class))
-    apply_conversion(Conversion(layers, roots, helpers), within=model)
+    apply_conversion(Conversion(layers, roots), within=model)
     return model
 
 
@@ -194,13 +186,10 @@ class Conversion(NamedTuple):
     Attributes:
         layers: With the policy of each.
         roots: Whole models, with the controller of each.
-        helpers: Batch norms that form only what gradient the layers before them keep, and ReLUs
-            behind those, with what makes the class of each.
     """
 
     layers: Mapping[nn.Module, Policy]
     roots: Mapping[nn.Module, SparsityController]
-    helpers: Mapping[nn.Module, Patch] = MappingProxyType({})
 
     @classmethod
     def of(cls, model: nn.Module) -> Conversion:
@@ -208,8 +197,7 @@ class Conversion(NamedTuple):
         layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedLayer)}
         marks = {m: vars(m).get("_ssprop_root") for m in model.modules()}
         roots = {m: mark.controller for m, mark in marks.items() if mark is not None}
-        patched = [m for m in model.modules() if isinstance(m, Patched) and m not in layers]
-        return cls(layers, roots, {m: type(m)._ssprop_patch for m in patched})
+        return cls(layers, roots)
 
 
 def apply_conversion(after: Conversion, within: nn.Module) -> None:
@@ -220,11 +208,10 @@ def apply_conversion(after: Conversion, within: nn.Module) -> None:
     before = Conversion.of(within)
     done: list[tuple[nn.Module, type]] = []
     try:
-        patched = {**dict.fromkeys(after.layers, patched_class), **after.helpers}
-        for module in dict.fromkeys((*before.layers, *before.helpers, *patched)):
+        for module in dict.fromkeys((*before.layers, *after.layers)):
             cls = type(module)
             plain = original_class(cls)
-            module.__class__ = patched[module](plain) if module in patched else plain
+            module.__class__ = patched_class(plain) if module in after.layers else plain
             done.append((module, cls))
     except BaseException:
         for module, cls in done:

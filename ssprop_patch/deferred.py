@@ -16,6 +16,7 @@ channels before dy exists, and has only the chosen ones formed.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ class DeferredGradient(Tensor):
     """A gradient that is not formed yet: its shape, and how to form it.
 
     Whoever is not ready for it (a hook, a sum with another gradient, any operation of torch) gets
-    the ordinary tensor: the first operation on it forms that.
+    the ordinary tensor: the first operation on it forms that. What is then changed in place stays
+    changed.
     """
 
     _formed: Tensor | None = None
+    _sources: tuple[tuple[Tensor, int], ...] = ()
 
     @staticmethod
     def __new__(cls, like: Tensor, *args: Any, **kwargs: Any) -> DeferredGradient:
@@ -42,14 +45,30 @@ class DeferredGradient(Tensor):
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
 
+    def _made_from(self, *tensors: Tensor | None) -> None:
+        """Take note of what this is yet to be formed from, as it is now."""
+        self._sources = tuple((t, t._version) for t in tensors if t is not None)
+
+    def _check_sources(self) -> None:
+        if any(t._version != version for t, version in self._sources):
+            raise RuntimeError(
+                "a gradient was to be formed from a tensor that has been changed in place since "
+                "its backward ran: where a hook keeps a gradient, keep grad.clone()"
+            )
+
     def form(self) -> Tensor:
         """Return the whole gradient, (N, C, *spatial)."""
         if self._formed is None:
+            self._check_sources()
             self._formed = self._form()
         return self._formed
 
     def _form(self) -> Tensor:
         raise NotImplementedError
+
+    def _pass_on(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Return what ``func`` makes of it without forming it; NotImplemented where it cannot."""
+        return NotImplemented
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -57,20 +76,71 @@ class DeferredGradient(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for arg in args[:2]:
+            if isinstance(arg, DeferredGradient):
+                out = arg._pass_on(func, args)
+                if out is not NotImplemented:
+                    return out
         args, kwargs = pytree.tree_map_only(
             DeferredGradient, lambda gradient: gradient.form(), (tuple(args), kwargs or {})
         )
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return repr(self.form())
+    # What reads memory past the dispatcher has to be given some.
+
+    @property
+    def data(self) -> Tensor:
+        """The formed gradient's ``data``."""
+        return self.form().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.form().data = value
+
+    def data_ptr(self) -> int:
+        """Return where the formed gradient lies."""
+        return self.form().data_ptr()
+
+    def untyped_storage(self) -> Any:
+        """Return the formed gradient's memory."""
+        return self.form().untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return the formed gradient as an array."""
         return self.form().numpy(force=force)
 
+    def tolist(self) -> Any:
+        """Return the formed gradient as lists."""
+        return self.form().tolist()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.form().__dlpack__(**kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.form(), memo)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.form())
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.form().__reduce_ex__(protocol)
+
+
+class ReLUInput(DeferredGradient):
+    """What comes in at the node of a ReLU in front of which there is a batch norm.
+
+    Args:
+        dz: The gradient of the ReLU's output.
+    """
+
+    def __init__(self, dz: Tensor) -> None:
+        self._formed = dz
+
+    def _pass_on(self, func: Any, args: tuple[Any, ...]) -> Any:
+        if func is not aten.threshold_backward.default or args[0] is not self or args[2] != 0:
+            return NotImplemented
+        out = args[1]
+        return ReLUGradient(out, self._formed) if passes.can_split_relu(out) else NotImplemented
 
 
 class ReLUGradient(DeferredGradient):
@@ -83,6 +153,7 @@ class ReLUGradient(DeferredGradient):
 
     def __init__(self, out: Tensor, dz: Tensor) -> None:
         self._out, self._dz = out, dz
+        self._made_from(out, dz)
 
     @torch.no_grad()
     def _form(self) -> Tensor:
@@ -90,7 +161,46 @@ class ReLUGradient(DeferredGradient):
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return the gradient of the ReLU's output, and that; or what is formed, and None."""
-        return (self._dz, self._out) if self._formed is None else (self._formed, None)
+        if self._formed is not None:
+            return self._formed, None
+        self._check_sources()
+        return self._dz, self._out
+
+
+class NormInput(DeferredGradient):
+    """What comes in at the node of a batch norm that took its input from a sparse convolution.
+
+    Args:
+        dz: The gradient of the norm's output; of the output of the ReLU behind it if there is
+            ``relu_out``.
+        relu_out: The output of that ReLU.
+        order: Channels are chosen by their sums of ``|dy| ** order``.
+    """
+
+    def __init__(self, dz: Tensor, relu_out: Tensor | None, order: int) -> None:
+        self._dz, self._relu_out, self._order = dz, relu_out, order
+
+    def _form(self) -> Tensor:
+        return passes.relu_backward(self._dz, self._relu_out)
+
+    def _pass_on(self, func: Any, args: tuple[Any, ...]) -> Any:
+        if func is aten.native_batch_norm_backward.default:
+            _, x, weight, _, _, mean, invstd, training, eps, needed = args
+        elif func is aten.cudnn_batch_norm_backward.default:
+            (x, _, weight, _, _, mean, invstd, eps, _), training, needed = args, True, (True,) * 3
+        else:
+            return NotImplemented
+        # Whoever hooked the norm's input, or asked for its gradient, gets an ordinary tensor.
+        watched = x._backward_hooks or x.retains_grad
+        if not (training and needed[0]) or watched or not passes.can_split_norm(x, self._order):
+            return NotImplemented
+        sums = passes.norm_sums(self._dz, x, weight, mean, invstd, self._order, self._relu_out)
+        dx = NormGradient(
+            x, self._dz, weight, mean, invstd, eps, sums, self._order, self._relu_out
+        )
+        dw = sums.dz_xhat.to(weight.dtype) if needed[1] and weight is not None else None
+        db = sums.dz.to(mean.dtype if weight is None else weight.dtype) if needed[2] else None
+        return dx, dw, db
 
 
 class NormGradient(DeferredGradient):
@@ -125,6 +235,7 @@ class NormGradient(DeferredGradient):
         self._weight = None if weight is None else weight.detach().clone()
         self._mean, self._invstd, self._eps = mean, invstd, eps
         self._sums, self.order = sums, order
+        self._made_from(x, dz, relu_out)
 
     def _form(self) -> Tensor:
         return self._input_grad(self._weight)
@@ -134,6 +245,9 @@ class NormGradient(DeferredGradient):
 
         The norm's own weight is masked, which takes no further pass over memory.
         """
+        if self._formed is not None:
+            return torch.where(keep.view(-1, *[1] * (self.dim() - 2)), self._formed, 0)
+        self._check_sources()
         weight = torch.ones_like(self._invstd) if self._weight is None else self._weight
         return self._input_grad(torch.where(keep, weight, 0))
 
@@ -141,6 +255,7 @@ class NormGradient(DeferredGradient):
         """Return the gradient of the channels ``index`` alone, (N, k, *spatial)."""
         if self._formed is not None:
             return passes.take_channels(self._formed, index)
+        self._check_sources()
         return passes.norm_input_grad(
             self._dz, self._x, self._weight, self._mean, self._invstd,
             self._sums.dz, self._sums.dz_xhat, index, self._relu_out,
@@ -149,10 +264,13 @@ class NormGradient(DeferredGradient):
     def sum_of_powers(self) -> Tensor:
         """Return the sum of ``|dy| ** order`` of each channel, (C,), without forming dy."""
         sums = self._sums
+        if self._formed is not None:  # and may have been changed since, by a hook
+            return passes.channel_sum(self._formed, self.order)
         if sums.dy is not None:
             return sums.dy
         if self.order != 2:
             return passes.channel_sum(self.form(), self.order)
+        self._check_sources()
         n = self._x.numel() // self._x.shape[1]
         if sums.dz2 is None:
             dz2 = passes.channel_sum(passes.relu_backward(self._dz, self._relu_out), 2)

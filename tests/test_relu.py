@@ -1,4 +1,4 @@
-"""ReLU behind a batch norm that defers its gradient: the same gradient, in that norm's passes."""
+"""ReLU after a batch norm whose gradient is lazy: the same gradient, in that norm's passes."""
 
 import copy
 
@@ -6,14 +6,11 @@ import oracle
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
-from ssprop_patch import native, norm, passes, relu
-from ssprop_patch.relu import PatchedReLU
+from ssprop_patch import lazy_grad, native, passes
 
 pytestmark = pytest.mark.skipif(native.build.find_compiler() is None, reason="no C compiler")
 
@@ -23,8 +20,8 @@ ORDER = {"l1": 1, "l2": 2}
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
-    monkeypatch.setattr(norm, "_MIN_ELEMENTS", 0)
-    monkeypatch.setattr(relu, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(lazy_grad, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(lazy_grad, "_MIN_RELU_ELEMENTS", 0)
 
 
 @pytest.fixture
@@ -47,6 +44,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 5, 1)
         self.relu = nn.ReLU(inplace)  # one module, as in torchvision's blocks
         self.residual = residual
         for bn in (self.bn1, self.bn2):
@@ -57,7 +55,7 @@ class Net(nn.Module):
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return self.relu(y + x if self.residual else y).square()
+        return self.last(self.relu(y + x if self.residual else y)).square()
 
 
 def inputs():
@@ -124,7 +122,7 @@ def test_without_kernels_for_it_it_is_torchs_own(monkeypatch, passed):
 
 
 def test_for_few_elements_it_is_torchs_own(monkeypatch, passed):
-    monkeypatch.setattr(relu, "_MIN_ELEMENTS", 2**18)
+    monkeypatch.setattr(lazy_grad, "_MIN_RELU_ELEMENTS", 2**18)
     compare_with_oracle(Net())
     assert passed == [False, False]
 
@@ -137,7 +135,7 @@ class Branching(Net):
 
     def forward(self, x):
         y = self.bn1(self.conv1(x))
-        return self.relu(y).square() + y
+        return self.last(self.relu(y).square() + y)
 
 
 def test_where_the_norms_output_is_used_twice_the_gradients_add_up(passed):
@@ -196,7 +194,7 @@ def test_a_gradient_changed_in_place_by_a_hook_stays_changed():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed(reentrant, passed):
     compare_with_oracle(Net(), run=lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
-    assert passed == ([True, True] if reentrant else [])
+    assert passed == [True, True]
 
 
 def test_double_backward():
@@ -220,13 +218,6 @@ def test_batched_gradients_are_a_clear_error():
         torch.autograd.grad(y, x, torch.ones(2, *y.shape).double(), is_grads_batched=True)
 
 
-def test_inside_of_a_transform_it_is_torchs_own():
-    model = ssp.convert(Net(inplace=False), RATE)
-    y = model.bn1(model.conv1(inputs()))
-    out = torch.func.vmap(lambda t: model.relu(y) * t)(torch.ones(2, dtype=torch.double))
-    assert torch.equal(out[1], F.relu(y))
-
-
 def test_a_change_in_place_of_its_output_is_an_error_as_ever():
     model = ssp.convert(Net(), RATE)
     y = model.relu(model.bn1(model.conv1(inputs())))
@@ -247,49 +238,3 @@ def test_without_gradients_nothing_is_kept():
     model = ssp.convert(Net(), RATE)
     with torch.no_grad():
         assert torch.equal(model(inputs()), copy.deepcopy(ssp.revert(model))(inputs()))
-
-
-# --- patching -----------------------------------------------------------------------------------
-
-
-def relus_of(model):
-    return [m for m in model.modules() if isinstance(m, PatchedReLU)]
-
-
-def test_only_torchs_own_forward_is_patched_and_revert_gives_the_class_back():
-    class Own(nn.ReLU):
-        def forward(self, input):
-            return F.relu(input) * 2
-
-    class Named(nn.ReLU):
-        pass
-
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Own(), Named(), nn.ReLU6(), nn.ReLU()
-    )
-    model[6].forward = model[6].forward
-    classes = [type(m) for m in model]
-    ssp.convert(model, RATE)
-    assert relus_of(model) == [model[2], model[4]]
-    assert type(model[2]).__name__ == "ReLU" and isinstance(model[2], nn.ReLU)
-    ssp.revert(model)
-    assert [type(m) for m in model] == classes
-
-
-def test_only_where_norms_defer():
-    model = Net()
-    for kwargs in ({"selection": "random"}, {"selection": lambda dy: dy.abs().sum((0, 2, 3))}):
-        ssp.convert(model, RATE)
-        assert relus_of(model) == [model.relu]
-        ssp.convert(model, RATE, **kwargs)
-        assert not relus_of(model)
-    assert not relus_of(ssp.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), RATE))
-
-
-def test_a_fixed_conversion_of_torchvision_and_its_copy_train_alike():
-    torch.manual_seed(0)
-    model = ssp.convert(torchvision.models.resnet18(num_classes=3).double(), RATE)
-    twin = copy.deepcopy(model)
-    assert len(relus_of(twin)) == 9
-    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
-    assert all(map(torch.equal, grads_of(model, x), grads_of(twin, x)))

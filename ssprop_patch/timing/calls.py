@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.utils import _pytree as pytree
 
+from .. import passes
 from ..convert import revert
-from ..norm import deferring_norms, is_large_enough
+from ..lazy_grad import is_large_enough
 from ..trace import Shape, untouched
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -94,8 +96,8 @@ def record_calls(
         layers: Those of its layers whose calls are wanted.
         inputs: What the model is called with.
         autocast: The dtype of autocast, or None for none.
-        order: Of the scores, see :func:`ssprop_patch.norm.deferring_norms`: whether there are norms
-            that belong to a call.
+        order: Of the scores, see :func:`ssprop_patch.selection.deferred_order`: whether there are
+            norms that belong to a call.
 
     Raises:
         TypeError: If ``inputs`` are none.
@@ -122,7 +124,7 @@ def record_calls(
         found[id(module), key] = call, count + 1
         latest[:] = y, (id(module), key)
 
-    norms = deferring_norms(model, order)
+    norms = _lazy_norms(model, order)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
         if not model.training:
@@ -141,6 +143,18 @@ def record_calls(
                 f"{type(error).__name__}: {error}"
             ) from error
     return list(found.values())
+
+
+def _lazy_norms(model: nn.Module, order: int | None) -> list[nn.Module]:
+    """Return the batch norms of ``model`` whose gradient may be formed in part."""
+    devices = {p.device.type for p in model.parameters()}
+    if order is None or not any(passes.may_split_norm(device, order) for device in devices):
+        return []
+    others = (nn.SyncBatchNorm, _LazyNormBase, torch.jit.ScriptModule)
+    return [
+        m for m in model.modules()
+        if isinstance(m, _BatchNorm) and not isinstance(m, others) and "forward" not in vars(m)
+    ]  # fmt: skip
 
 
 def isolated(module: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._device import waiter
 from .._validate import check_count, check_drop_rate
+from ..autograd import make_lazy
 from ..convert import convert
 from ..plan import DEFAULT_TYPES, FilterFn, Types, plan
 from ..selection import Selection, deferred_order, resolve_selection
@@ -177,7 +178,10 @@ def _time(
 
 
 class _WithNorm(nn.Module):
-    """Copies of a layer and of the norm behind it, if there is one to be timed with it."""
+    """Copies of a layer and of the norm behind it, if there is one to be timed with it.
+
+    There the norm's gradient is lazy, as it is with another sparse convolution after it.
+    """
 
     def __init__(self, call: LayerCall) -> None:
         super().__init__()
@@ -186,7 +190,10 @@ class _WithNorm(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.layer(*args, **kwargs)
-        return out if self.norm is None else self.norm(out)
+        if self.norm is not None:
+            out = self.norm(out)
+            make_lazy(out)
+        return out
 
 
 def _training_pass(
