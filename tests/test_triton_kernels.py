@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch import norm, passes, relu, triton_kernels
+from ssprop_patch import lazy_grad, passes, triton_kernels
 from ssprop_patch.triton_kernels import layout
 
 triton = pytest.importorskip("triton")
@@ -457,8 +457,8 @@ def train_with_them(device, selection, memory_format):
     ssp.convert(model, 0.6, selection=selection)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "_MIN_ELEMENTS", 0)
-        patch.setattr(relu, "_MIN_ELEMENTS", 0)
+        patch.setattr(lazy_grad, "_MIN_ELEMENTS", 0)
+        patch.setattr(lazy_grad, "_MIN_RELU_ELEMENTS", 0)
         patch.setattr(passes, "_kernels", lambda t: triton_kernels)
         patch.setattr(triton_kernels, "is_available", lambda t: True)
         for name in ("channel_sums", "take_channels", "norm_grad_sums", "norm_input_grad"):

@@ -129,7 +129,7 @@ class Block(nn.Module):
 def test_a_batch_norm_that_defers_its_gradient_is_timed_with_its_layer(
     least, paired, monkeypatch
 ):
-    monkeypatch.setattr("ssprop_patch.norm._MIN_ELEMENTS", least)
+    monkeypatch.setattr("ssprop_patch.lazy_grad._MIN_ELEMENTS", least)
     monkeypatch.setattr("ssprop_patch.native.may_be_available", lambda: True)
     model, x = Block(), torch.randn(2, 3, 8, 8, requires_grad=True)
     before = [dict(vars(m)) for m in model.modules()]
@@ -142,7 +142,7 @@ def test_a_batch_norm_that_defers_its_gradient_is_timed_with_its_layer(
 
 
 def test_without_a_compiler_no_norm_is_timed_with_its_layer(monkeypatch):
-    monkeypatch.setattr("ssprop_patch.norm._MIN_ELEMENTS", 0)
+    monkeypatch.setattr("ssprop_patch.lazy_grad._MIN_ELEMENTS", 0)
     monkeypatch.setattr("ssprop_patch.native.may_be_available", lambda: False)
     model = Block()
     found = calls.record_calls(model, list(model.convs), torch.randn(2, 3, 8, 8))
