@@ -157,6 +157,8 @@ int put_rows(
 {
     if (!are_channels(index, k, c, 1))
         return BAD_INDEX;
+    if (!size)
+        return DONE;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
         int64_t from = c * th / threads, to = c * (th + 1) / threads, j = 0;
@@ -181,6 +183,8 @@ int put_sums(
 {
     if (!are_channels(index, k, c, 1))
         return BAD_INDEX;
+    if (!size)
+        return DONE;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
         int64_t from = c * th / threads, to = c * (th + 1) / threads, j = 0;
