@@ -6,12 +6,14 @@ matter of speed, chosen per call (:mod:`ssprop_patch.kernels`).
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from torch import Tensor
 
 from . import kernels
 from .kept import ConvParams, Grads, Kept, Mask, dense_backward
+from .native.tensors import check_memory
 from .passes import put_rows, take_channels
 from .selection import ScoreFn, select_channels, selectable_channels
 
@@ -63,8 +65,13 @@ def sparse_backward(
     """
     if record is not None:
         record.backward(x, w, dy, k, mask)
-    if k >= selectable_channels(p.out_channels(w), p.groups):
+    channels = p.out_channels(w)
+    # What was changed after the forward is an error, which torch's own kernels raise.
+    changed = dy.shape[1] != channels or not w.dim() == x.dim() == dy.dim()
+    if changed or k >= selectable_channels(channels, p.groups):
         return dense_backward(dy, x, w, p, mask)
+    if p.transposed:  # of others it is seen when C functions are asked for
+        check_memory(w)
     kept = Kept(dy, x, w, p, k, score_fn)
     ways = kernels.choose(kept, *mask[:2])
     grads = ways.run(kept, mask)
@@ -104,7 +111,8 @@ def linear_backward(
     if record is not None:
         record.backward(x, w, dy, k, mask)
     need_x, need_w, need_b = mask
-    rows = dy.reshape(-1, w.shape[0])
+    number = math.prod(dy.shape[:-1])  # for -1 there would have to be elements
+    rows = dy.reshape(number, w.shape[0])
     if k < w.shape[0]:
         index = select_channels(rows, k, 1, score_fn)
         if record is not None:
@@ -114,7 +122,7 @@ def linear_backward(
     else:
         index, w_kept = None, w
     dx = (rows @ w_kept).view(x.shape) if need_x else None
-    dw = rows.t() @ x.reshape(-1, x.shape[-1]) if need_w else None
+    dw = rows.t() @ x.reshape(number, x.shape[-1]) if need_w else None
     db = rows.sum(0) if need_b else None
     if index is not None:
         dw = put_rows(dw, index, w) if need_w else None

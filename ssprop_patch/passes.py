@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .native.tensors import check_kept
 
 aten = torch.ops.aten
 
@@ -90,6 +91,8 @@ def _sum_of_part(
 def largest(scores: Tensor, k: int, groups: int) -> Tensor:
     """Return the indices of the ``k`` largest scores of each group, ascending.
 
+    A nan counts as larger than all numbers; of equal scores the first are taken.
+
     Args:
         scores: (C,), of ``groups`` groups one after the other.
         k: At most the channels of a group.
@@ -100,10 +103,14 @@ def largest(scores: Tensor, k: int, groups: int) -> Tensor:
     """
     if are_for_c(scores):
         return native.largest(scores, k, groups)
+    check_kept(k, scores.shape[0], groups)
+    # Not topk, which of equal ones takes any. A stable sort also has nan before inf, and takes
+    # -0.0 for 0.0.
     if groups == 1:
-        return scores.topk(k, sorted=False).indices.sort().values
+        return scores.sort(descending=True, stable=True).indices[:k].sort().values
     per_group = scores.shape[0] // groups
-    index = scores.view(groups, per_group).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    ranked = scores.reshape(groups, per_group).sort(dim=1, descending=True, stable=True).indices
+    index = ranked[:, :k].sort(dim=1).values
     first = torch.arange(0, scores.shape[0], per_group, device=scores.device)
     return (index + first.unsqueeze(1)).flatten()
 
@@ -154,8 +161,8 @@ def put_rows(rows: Tensor, index: Tensor, like: Tensor, dim: int = 0) -> Tensor:
 
 def put_sums(parts: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """As :func:`put_rows`, of the sum of ``parts``, (N, k, *), over dim 0."""
-    alike = parts.dtype is like.dtype and parts.is_contiguous() and like.is_contiguous()
-    if alike and are_for_c(parts, like):
+    alike = parts.dtype is like.dtype and parts.shape[2:] == like.shape[1:]
+    if alike and parts.is_contiguous() and like.is_contiguous() and are_for_c(parts, like):
         return native.put_sums(parts, index, like)
     return put_rows(parts.sum(0), index, like)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .kept import ConvParams, Kept
+from .native.conv import is_small
 from .passes import is_channels_last
 from .ways import Ways, has_forward, has_nhwc, is_pointwise
 
@@ -70,6 +71,8 @@ def when_traced(w: Tensor, p: ConvParams) -> Ways:
 
 @functools.lru_cache(maxsize=4096)  # a small layer takes no longer to compute than this
 def _on_cpu(layer: _Layer) -> Ways:
+    if layer.direct and not is_small(layer.x, layer.w, layer.p):
+        layer = layer._replace(direct=False)
     if layer.p.groups > 1:
         return _grouped(layer)
     return _pointwise(layer) if is_pointwise(layer.w, layer.p) else _ordinary(layer)

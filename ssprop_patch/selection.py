@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .deferred import NormGradient
+from .native.tensors import check_memory
 from .passes import channel_sum, largest, largest_channels
 
 #: Takes the gradient of a layer's output, shape (N, C_out, *spatial), (rows, features) for a
@@ -147,7 +148,8 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
         each group: group after group, so that the kept channels still form ``groups`` equal ones.
 
     Raises:
-        ValueError: If ``score_fn`` does not return one score per channel.
+        ValueError: If ``score_fn`` does not return one score per channel, on ``dy``'s device.
+        TypeError: If the scores have no order, or are a tensor of another kind.
     """
     channels = dy.shape[1]
     parts = 1 if groups == channels else groups
@@ -156,6 +158,12 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
         index = largest_channels(dy, order, k, parts)
         if index is not None:
             return index
+    if not torch.compiler.is_compiling():
+        if dy.layout is not torch.strided:
+            raise RuntimeError(
+                f"the sparse backward takes gradients in ordinary tensors, got {dy.layout}"
+            )
+        check_memory(dy)
     if not torch.is_grad_enabled():
         scores = score_fn(dy)
     else:  # a derivative of this backward is asked for: the choice has none
@@ -167,4 +175,25 @@ def select_channels(dy: Tensor, k: int, groups: int, score_fn: ScoreFn) -> Tenso
             f"selection must return one score per output channel, a tensor of shape "
             f"({channels},) for a gradient of shape {tuple(dy.shape)}; got {got}"
         )
+    if not torch.compiler.is_compiling():
+        scores = _comparable(scores, dy)
     return largest(scores, k, parts)
+
+
+def _comparable(scores: Tensor, dy: Tensor) -> Tensor:
+    """Return scores that a function returned as an ordinary tensor, or say what is wrong."""
+    if scores.device != dy.device:
+        raise ValueError(
+            f"selection must return scores on the device of the gradient, {dy.device}, got "
+            f"{scores.device}"
+        )
+    if scores.is_complex() or scores.layout is not torch.strided or scores.is_quantized:
+        raise TypeError(
+            "selection must return real numbers in an ordinary tensor, got "
+            f"{scores.dtype}, {scores.layout}"
+        )
+    if type(dy) is not Tensor or type(scores) in (Tensor, torch.nn.Parameter):
+        return scores
+    if type(scores).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # no memory of its own
+        raise TypeError(f"selection must return an ordinary tensor, got a {type(scores).__name__}")
+    return scores.as_subclass(Tensor)

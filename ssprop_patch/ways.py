@@ -24,7 +24,8 @@ from torch import Tensor
 
 from . import native
 from .kept import ConvParams, Grads, Kept, Mask, can_be_direct, dense_backward
-from .native.conv import conv_backward, conv_db, conv_dw, conv_dx
+from .native.conv import conv_backward, conv_db, conv_dw, conv_dx, is_small
+from .native.tensors import check_memory
 from .passes import is_channels_last, is_done_by_c, put_sums
 
 _convolution = torch.ops.aten.convolution.default
@@ -63,6 +64,7 @@ def mask_nhwc(kept: Kept, needed: Mask) -> Grads:
 
 
 def _nhwc(t: Tensor) -> Tensor:
+    check_memory(t)  # as torch's convolutions do, but not its copies
     return t.contiguous(memory_format=torch.channels_last)
 
 
@@ -178,17 +180,15 @@ def _read(kept: Kept) -> tuple[slice, ...]:
 
 
 def direct_dx(kept: Kept) -> Tensor:
-    """Return dX by a C function."""
-    if not kept.can_be_direct:  # loaded, or chosen for a first derivative
-        return gather(kept, _DX)[0]
-    return conv_dx(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
+    """Return dX by a C function, or by torch where it has to."""
+    dx = conv_dx(*_for_c(kept)) if kept.can_be_direct else None
+    return gather(kept, _DX)[0] if dx is None else dx
 
 
 def direct_dw(kept: Kept) -> Tensor:
     """As :func:`direct_dx`, dW."""
-    if not kept.can_be_direct:
-        return gather(kept, _DW)[1]
-    return conv_dw(kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p)
+    dw = conv_dw(*_for_c(kept)) if kept.can_be_direct else None
+    return gather(kept, _DW)[1] if dw is None else dw
 
 
 def direct(kept: Kept, needed: Mask) -> Grads:
@@ -197,12 +197,18 @@ def direct(kept: Kept, needed: Mask) -> Grads:
     if grads is not None:
         return grads
     need_x, need_w, need_b = needed
-    if not kept.can_be_direct:  # as above
-        return gather(kept, needed)
-    args = kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p
-    dw = conv_dw(*args) if need_w else None
-    dx = conv_dx(*args) if need_x else None
-    return dx, dw, conv_db(*args) if need_b else None
+    dw = direct_dw(kept) if need_w else None
+    dx = direct_dx(kept) if need_x else None
+    return dx, dw, _direct_db(kept) if need_b else None
+
+
+def _direct_db(kept: Kept) -> Tensor:
+    db = conv_db(*_for_c(kept)) if kept.can_be_direct else None
+    return kept.db() if db is None else db
+
+
+def _for_c(kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, ConvParams]:
+    return kept.dy, kept.whole_x, kept.whole_w, kept.index, kept.p
 
 
 def rows(kept: Kept, needed: Mask) -> Grads:
@@ -210,9 +216,10 @@ def rows(kept: Kept, needed: Mask) -> Grads:
     grads = _all_in_one(kept, needed)
     if grads is not None:
         return grads
-    if not (kept.can_be_direct and _are_rows(kept.whole_x, kept.whole_w, kept.p)):
-        return gather(kept, needed)  # as above; or loaded for another layer
-    return native.rows_backward(kept.dy, kept.whole_x, kept.whole_w, kept.index, needed)
+    if kept.can_be_direct and _are_rows(kept.whole_x, kept.whole_w, kept.p):
+        args = kept.dy, kept.whole_x, kept.whole_w, kept.index, needed
+        grads = native.rows_backward(*args)
+    return gather(kept, needed) if grads is None else grads
 
 
 def _all_in_one(kept: Kept, needed: Mask) -> Grads | None:
@@ -220,7 +227,10 @@ def _all_in_one(kept: Kept, needed: Mask) -> Grads | None:
     if order is None or not (kept.can_be_direct and is_done_by_c(dy)):
         return None
     args = dy, kept.whole_x, kept.whole_w, kept.p, kept.k, order, needed
-    kept.index, grads = conv_backward(*args)
+    done = conv_backward(*args)
+    if done is None:
+        return None
+    kept.index, grads = done
     return grads
 
 
@@ -289,7 +299,7 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     if x.is_cpu and has_nhwc(x.shape, is_channels_last(x)):
         for names in (dx, dw):
             names += [f"{name}_nhwc" for name in names if name != "matmul"]
-    if can_be_direct(x, w):
+    if can_be_direct(x, w) and is_small(x.shape, w.shape, p):
         names = ["direct"]
         if _are_rows(x, w, p):
             names.append("rows")

@@ -38,10 +38,10 @@ _CONV = {
     "conv_db": (*[_POINTER] * 4,),
     "conv_backward": (*[_POINTER] * 4, _INT, *[_INT64] * 2, *[_POINTER] * 4, _INT),
 }
-# Files, functions, and what these return: nothing, or an int that is 0 if one failed.
+# Files and functions. Of those that can fail tensors.check understands what they return.
 _LIBRARIES = {
-    "passes": (("channels.c", "norm.c", "rows.c"), _PASSES, None),
-    "conv": (("conv.c", "channels.c", "rows.c", "whole.c"), _CONV, _INT),
+    "passes": (("channels.c", "norm.c", "rows.c"), _PASSES),
+    "conv": (("conv.c", "channels.c", "rows.c", "whole.c"), _CONV),
 }
 
 
@@ -53,18 +53,20 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
         number: What they compute with.
         name: ``"passes"`` over memory, or ``"conv"``, the backward of convolutions.
 
-    There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
+    The environment variable ``SSPROP_PATCH_CFLAGS`` holds further flags for the compiler, such as
+    ``-fsanitize=address,undefined``. There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
     torch has other threads than OpenMP's), and where the environment variable
     ``SSPROP_PATCH_NATIVE`` is 0. A compiler that fails is warned of, once.
     """
     compiler = find_compiler()
     if compiler is None:
         return None
-    files, signatures, result = _LIBRARIES[name]
+    files, signatures = _LIBRARIES[name]
     try:
         with tempfile.TemporaryDirectory(prefix="ssprop_patch") as folder:
             target = Path(folder, f"{name}.so")
-            command = [*compiler, *_FLAGS, f"-DT={number}", "-shared", "-fPIC"]
+            flags = [*_FLAGS, *shlex.split(os.environ.get("SSPROP_PATCH_CFLAGS", ""))]
+            command = [*compiler, *flags, f"-DT={number}", "-shared", "-fPIC"]
             subprocess.run(
                 [*command, *(str(Path(__file__).with_name(f)) for f in files), "-o", str(target)],
                 check=True, capture_output=True, text=True, timeout=60,
@@ -80,7 +82,7 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
         return None
     for function_name, signature in signatures.items():
         function = getattr(found, function_name)
-        function.argtypes, function.restype = signature, result
+        function.argtypes, function.restype = signature, _INT
     return found
 
 

@@ -100,29 +100,32 @@ static T kth_largest(T *v, int64_t n, int64_t k)
     return v[at];
 }
 
-/* A nan counts as infinite; of equals the first are taken. `work` holds 2 * size numbers. */
+/* A nan counts as larger than all numbers; of equals the first are taken. `work` holds `size`
+   numbers. */
 void largest(
     const T *scores, int64_t groups, int64_t size, int64_t k, T *restrict work,
     int64_t *restrict index)
 {
-    T *ranked = work, *reordered = work + size;
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = 0; g < groups; g++, scores += size) {
+        int64_t numbers = 0;
+        for (int64_t j = 0; j < size; j++)
+            if (scores[j] == scores[j])
+                work[numbers++] = scores[j];
+        int64_t nans = size - numbers < k ? size - numbers : k, rest = k - nans;
+        T least = rest ? kth_largest(work, numbers, rest) : (T)__builtin_inf();
+        int64_t equals = rest;
+        for (int64_t j = 0; j < size; j++)
+            equals -= scores[j] > least;
         for (int64_t j = 0; j < size; j++) {
-            T score = scores[g * size + j];
-            ranked[j] = score == score ? score : (T)__builtin_inf();
-        }
-        memcpy(reordered, ranked, size * sizeof(T));
-        T least = kth_largest(reordered, size, k);
-        int64_t equals = k;
-        for (int64_t j = 0; j < size; j++)
-            equals -= ranked[j] > least;
-        for (int64_t j = 0; j < size; j++)
-            if (ranked[j] > least || (ranked[j] == least && equals-- > 0))
+            T score = scores[j];
+            if (score > least || (score == least && equals-- > 0)
+                || (score != score && nans-- > 0))
                 *index++ = g * size + j;
+        }
     }
 }
 
-/* Of the channels of t, by their channel_sums. `work` holds 3 * c + threads * c doubles. */
+/* Of the channels of t, by their channel_sums. `work` holds 2 * c + threads * c doubles. */
 void largest_channels(
     const T *t, int64_t n, int64_t c, int64_t s, int last, int order, int64_t groups, int64_t k,
     double *restrict work, int64_t *restrict index, int threads)
@@ -134,21 +137,28 @@ void largest_channels(
 
 /* --- take_channels: t[:, index], in channels_last ---------------------------------------------- */
 
-void take_channels(
+int take_channels(
     const T *restrict t, const int64_t *index, int64_t k, int64_t rows, int64_t c,
     T *restrict out, int threads)
 {
+    if (!are_channels(index, k, c, 0))
+        return BAD_INDEX;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < k; j++)
             out[i * k + j] = t[i * c + index[j]];
+    return DONE;
 }
 
 /* --- put_rows: zeros, with `rows` in the places `index`, ascending --------------------------- */
 
-void put_rows(
+int put_rows(
     const T *rows, const int64_t *index, int64_t k, int64_t c, int64_t size, T *out, int threads)
 {
+    if (!are_channels(index, k, c, 1))
+        return BAD_INDEX;
+    if (!size)
+        return DONE;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
         int64_t from = c * th / threads, to = c * (th + 1) / threads, j = 0;
@@ -160,16 +170,21 @@ void put_rows(
             else
                 memset(out + i * size, 0, size * sizeof(T));
     }
+    return DONE;
 }
 
 /* --- put_sums: the same, of the sum of n times `rows` ----------------------------------------- */
 
 #define PIECE 256
 
-void put_sums(
+int put_sums(
     const T *rows, int64_t n, const int64_t *index, int64_t k, int64_t c, int64_t size, T *out,
     int threads)
 {
+    if (!are_channels(index, k, c, 1))
+        return BAD_INDEX;
+    if (!size)
+        return DONE;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
         int64_t from = c * th / threads, to = c * (th + 1) / threads, j = 0;
@@ -195,4 +210,5 @@ void put_sums(
             j++;
         }
     }
+    return DONE;
 }

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .tensors import (
+    as_index,
+    check,
+    check_kept,
     doubles,
     empty_of_channels,
     is_matrix,
@@ -42,17 +45,21 @@ def largest(scores: Tensor, k: int, groups: int) -> Tensor:
     """Return the indices of the ``k`` largest scores of each group, ascending.
 
     Args:
-        scores: (C,), of ``groups`` groups one after the other. A nan counts as infinite; of equal
-            scores the first are taken.
+        scores: (C,), of ``groups`` groups one after the other. A nan counts as larger than all
+            numbers; of equal scores the first are taken.
         k: At most the channels of a group.
         groups: A divisor of C.
 
     Returns:
         int64, (groups * k,).
+
+    Raises:
+        ValueError: If k or groups is not that.
     """
+    check_kept(k, scores.shape[0], groups)
     scores, size = scores.contiguous(), scores.shape[0] // groups
     index = scores.new_empty(groups * k, dtype=torch.int64)
-    work = scores.new_empty(2 * size)
+    work = scores.new_empty(size)
     library_for(scores).largest(
         scores.data_ptr(), groups, size, k, work.data_ptr(), index.data_ptr()
     )
@@ -62,9 +69,10 @@ def largest(scores: Tensor, k: int, groups: int) -> Tensor:
 def largest_channels(t: Tensor, order: int, k: int, groups: int) -> Tensor:
     """Return :func:`largest` of :func:`channel_sums`."""
     n, c, s = sizes(t)
+    check_kept(k, c, groups)
     threads = threads_for(t)
     index = t.new_empty(groups * k, dtype=torch.int64)
-    work = doubles(t, (threads + 3) * c)
+    work = doubles(t, (threads + 2) * c)
     library_for(t).largest_channels(
         t.data_ptr(), n, c, s, is_matrix(t), order, groups, k,
         work.data_ptr(), index.data_ptr(), threads,
@@ -77,16 +85,17 @@ def take_channels(t: Tensor, index: Tensor) -> Tensor:
 
     Args:
         t: (N, C, *spatial), or (rows, C).
-        index: (k,), the channels; not checked.
+        index: (k,), the channels.
     """
     if not is_matrix(t):
         return t.index_select(1, index)  # copies whole channels: nothing to gain
     n, c, s = sizes(t)
-    k, index = index.shape[0], index.contiguous()
+    k = index.shape[0]
+    index = as_index(index, k)
     out = empty_of_channels(t, k)
-    library_for(t).take_channels(
+    check(library_for(t).take_channels(
         t.data_ptr(), index.data_ptr(), k, n * s, c, out.data_ptr(), threads_for(t)
-    )
+    ))  # fmt: skip
     return out
 
 
@@ -95,20 +104,23 @@ def put_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor | None:
 
     Args:
         rows: (k, *), lying in memory as ``like`` does.
-        index: (k,), ascending; not checked.
+        index: (k,), ascending.
         like: (C, *).
 
     Returns:
-        A tensor as ``torch.zeros_like`` makes it; None where ``rows`` lie otherwise.
+        A tensor as ``torch.zeros_like`` makes it; None where ``rows`` lie or are otherwise.
     """
     size = math.prod(like.shape[1:])
     if rows.dtype is not like.dtype or rows.stride() != like.stride() or rows.stride(0) != size:
         return None
-    out, index = torch.empty_like(like), index.contiguous()
-    library_for(like).put_rows(
-        rows.data_ptr(), index.data_ptr(), rows.shape[0], like.shape[0], size, out.data_ptr(),
+    if rows.shape[1:] != like.shape[1:]:
+        return None
+    k = rows.shape[0]
+    out, index = torch.empty_like(like), as_index(index, k)
+    check(library_for(like).put_rows(
+        rows.data_ptr(), index.data_ptr(), k, like.shape[0], size, out.data_ptr(),
         threads_for(like),
-    )  # fmt: skip
+    ))  # fmt: skip
     return out
 
 
@@ -117,13 +129,15 @@ def put_sums(parts: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
     Args:
         parts: (N, k, *), contiguous.
-        index: (k,), ascending; not checked.
+        index: (k,), ascending.
         like: (C, *), contiguous, of ``parts``' dtype.
     """
-    out, index = torch.empty_like(like), index.contiguous()
+    if parts.dtype is not like.dtype or parts.shape[2:] != like.shape[1:]:
+        raise ValueError(f"parts of {tuple(parts.shape)} for a tensor of {tuple(like.shape)}")
     n, k = parts.shape[:2]
-    library_for(like).put_sums(
+    out, index = torch.empty_like(like), as_index(index, k)
+    check(library_for(like).put_sums(
         parts.data_ptr(), n, index.data_ptr(), k, like.shape[0], math.prod(like.shape[1:]),
         out.data_ptr(), threads_for(parts),
-    )  # fmt: skip
+    ))  # fmt: skip
     return out

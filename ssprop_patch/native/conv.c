@@ -54,18 +54,23 @@ INLINE void dx_of_channels(
 }
 
 /* The weights of one group as they are read: [phases][blocks of CHANNELS inputs][terms][channels of
-   the block]. */
-static void pack(const Shape *s, const Layout *l, const T *w, const int64_t *index, T *packed)
+   the block]. Returns whether all are finite: the zeros in gaps are multiplied by them. */
+static int pack(const Shape *s, const Layout *l, const T *w, const int64_t *index, T *packed)
 {
+    T zero = 0;
     for (int64_t phase = 0; phase < l->x.phases; phase++)
         for (int64_t block = 0; block < s->inputs; block += CHANNELS) {
             int64_t channels = smallest(s->inputs - block, CHANNELS);
             for (int64_t o = 0; o < s->kept; o++)
                 for (int64_t t = 0; t < l->taps; t++)
                     if (l->phase[t] == phase)
-                        for (int64_t c = 0; c < channels; c++)
-                            *packed++ = w[(index[o] * s->inputs + block + c) * l->taps + t];
+                        for (int64_t c = 0; c < channels; c++) {
+                            T value = w[(index[o] * s->inputs + block + c) * l->taps + t];
+                            zero += value - value;
+                            *packed++ = value;
+                        }
         }
+    return zero == 0;
 }
 
 static void dx_of_phase(
@@ -108,17 +113,19 @@ static void dx_of_group(
 }
 
 /* dX, whole. `dy` has the kept channels only, `w` has all, `index` are the kept ones, ascending.
-   Returns 0 if there is no memory. */
+   NOT_FINITE, and no dX, if a weight is that. */
 int conv_dx(
     const T *dy, const T *w, const int64_t *index, const Shape *s, T *dx, int threads)
 {
     Layout l;
+    if (!is_index_of(s, index))
+        return BAD_INDEX;
     if (!lay_out(s, &l, threads))
-        return 0;
+        return NO_MEMORY;
     int64_t jobs = l.blocks * l.chunks * l.slices;
     int64_t step = l.x.phases * l.plane, most = s->kept * l.taps, group = s->inputs * most;
-    T *packed = malloc(s->groups * group * sizeof(T));
-    int failed = !packed;
+    T *packed = malloc(s->computed * group * sizeof(T));
+    int failed = !packed, not_finite = 0;
 #pragma omp parallel num_threads(threads)
     {
         T *dy_planes = calloc(l.groups * s->kept * l.plane, sizeof(T));
@@ -137,12 +144,14 @@ int conv_dx(
                 memset(dx + i * size, 0, size * sizeof(T));
         }
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < s->groups; g++)
-            if (!failed)
-                pack(s, &l, w, index + g * s->kept, packed + g * group);
+        for (int64_t g = 0; g < s->computed; g++)
+            if (!failed && !pack(s, &l, w, index + g * s->kept, packed + g * group)) {
+#pragma omp atomic write
+                not_finite = 1;
+            }
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < jobs; job++) {
-            if (failed)
+            if (failed || not_finite)
                 continue;
             int64_t place = job / l.slices; /* of all slices the same dY */
             Part p = part(s, &l, place / l.chunks, place % l.chunks, job % l.slices);
@@ -162,7 +171,7 @@ int conv_dx(
     }
     free(packed);
     free(l.phase);
-    return !failed;
+    return failed ? NO_MEMORY : not_finite ? NOT_FINITE : DONE;
 }
 
 /* --- dW --------------------------------------------------------------------------------------- */
@@ -246,31 +255,39 @@ static void dw_of_group(
     }
 }
 
-/* Writes the sums of some groups and inputs to their places. */
-static void put_dw(
+/* Writes the sums of some groups and inputs to their places. Returns whether there is no nan: a
+   number in X or dY that is not finite makes one with a zero in a gap, too. */
+static int put_dw(
     const Shape *s, const Layout *l, const Part *p, const int64_t *index, const double *sums, T *dw)
 {
     int64_t width = p->inputs * l->taps;
+    int nans = 0;
     for (int64_t o = 0; o < p->groups * s->kept; o++) {
         int64_t row = index[p->group * s->kept + o] * s->inputs + p->input;
-        for (int64_t t = 0; t < width; t++)
-            dw[row * l->taps + t] = (T)sums[o * width + t];
+        for (int64_t t = 0; t < width; t++) {
+            double sum = sums[o * width + t];
+            nans |= sum != sum;
+            dw[row * l->taps + t] = (T)sum;
+        }
     }
+    return !nans;
 }
 
-/* dW, whole; arguments as for conv_dx. */
+/* dW, whole; arguments as for conv_dx. NOT_FINITE if there is a nan in it, see put_dw. */
 int conv_dw(
     const T *dy, const T *x, const int64_t *index, const Shape *s, T *dw, int threads)
 {
     Layout l;
+    if (!is_index_of(s, index))
+        return BAD_INDEX;
     if (!lay_out(s, &l, threads))
-        return 0;
+        return NO_MEMORY;
     /* Where threads share the images, each chunk has sums of its own, which are added up at last. */
     int64_t parts = l.by_image ? l.chunks : 1, jobs = l.blocks * l.slices * parts;
     int64_t step = l.x.phases * l.plane, most = l.inputs * l.taps;
     int64_t size = l.groups * s->kept * most;
     double *shared = l.by_image ? malloc(parts * size * sizeof(double)) : NULL;
-    int failed = l.by_image && !shared;
+    int failed = l.by_image && !shared, not_finite = 0;
     memset(dw, 0, s->c_out * s->inputs * l.taps * sizeof(T));
 #pragma omp parallel num_threads(threads)
     {
@@ -302,8 +319,10 @@ int conv_dw(
                         x_planes + g * p.inputs * step, terms, dy_terms,
                         sums + g * s->kept * p.inputs * l.taps);
             }
-            if (!l.by_image)
-                put_dw(s, &l, &p, index, sums, dw);
+            if (!l.by_image && !put_dw(s, &l, &p, index, sums, dw)) {
+#pragma omp atomic write
+                not_finite = 1;
+            }
         }
         free(dy_planes);
         free(x_planes);
@@ -315,9 +334,9 @@ int conv_dw(
         for (int64_t i = size; i < parts * size; i++)
             shared[i % size] += shared[i];
         Part all = part(s, &l, 0, 0, 0);
-        put_dw(s, &l, &all, index, shared, dw);
+        not_finite = !put_dw(s, &l, &all, index, shared, dw);
     }
     free(shared);
     free(l.phase);
-    return !failed;
+    return failed ? NO_MEMORY : not_finite ? NOT_FINITE : DONE;
 }

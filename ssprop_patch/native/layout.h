@@ -33,12 +33,14 @@
 /* Channels at a time of a tensor in channels_last, where neighbours share a cache line. */
 #define TOGETHER 16
 
-/* What the caller gives, in this order. */
+/* What the caller gives, in this order; native/conv.py has checked that it fits together. */
 typedef struct {
     int64_t n, c_in, in[3], out[3], c_out;
+    /* Of the convolution itself. `depthwise`: several groups with one output channel each. */
+    int64_t groups, depthwise;
     /* Groups that are computed, and the kept and the input channels of each. Of a depthwise
-       convolution that is one channel, or some of them; `index` then says which. */
-    int64_t groups, kept, inputs, depthwise;
+       convolution those are some of its groups, perhaps one: `index` says which. */
+    int64_t computed, kept, inputs;
     int64_t kernel[3], stride[3], pad[3], dilation[3];
     int64_t x_last, dy_last; /* whether they are in channels_last */
 } Shape;
@@ -81,14 +83,14 @@ static void divide(const Shape *s, Layout *l, int threads)
 {
     int last = s->x_last || s->dy_last;
     int64_t together = last ? divided_up(TOGETHER, s->inputs) : 1;
-    l->groups = smallest(together, divided_up(s->groups, threads));
+    l->groups = smallest(together, divided_up(s->computed, threads));
     /* Scattered channels have their cache lines in common with those of all other groups. */
-    int64_t all = s->groups * (s->kept + s->inputs * l->x.phases) * l->image;
+    int64_t all = s->computed * (s->kept + s->inputs * l->x.phases) * l->image;
     int fits = all * (int64_t)sizeof(T) <= LARGEST_IMAGE;
     l->by_image = s->depthwise && s->x_last && s->n >= threads && fits;
     if (l->by_image)
-        l->groups = s->groups;
-    l->blocks = divided_up(s->groups, l->groups);
+        l->groups = s->computed;
+    l->blocks = divided_up(s->computed, l->groups);
     int64_t channels = l->groups * (s->kept + smallest(s->inputs, SLICE) * l->x.phases);
     int64_t fit = WORKING_SET / (int64_t)sizeof(T) / (channels * l->image);
     int64_t chunks = divided_up(s->n, largest(1, fit));
@@ -113,7 +115,7 @@ static int lay_out(const Shape *s, Layout *l, int threads)
     static const int64_t ones[3] = {1, 1, 1}, zeros[3];
     int64_t phases = s->stride[0] * s->stride[1] * s->stride[2], reach[3];
     l->x = (Side){s->c_in, s->x_last, phases, s->in, s->stride, s->pad};
-    l->dy = (Side){s->groups * s->kept, s->dy_last, 1, s->out, ones, zeros};
+    l->dy = (Side){s->computed * s->kept, s->dy_last, 1, s->out, ones, zeros};
     for (int i = 0; i < 3; i++) {
         reach[i] = (s->kernel[i] - 1) * s->dilation[i] / s->stride[i];
         /* What a tap reads behind the last row is the padding of the next image, never written. */
@@ -142,6 +144,17 @@ static int lay_out(const Shape *s, Layout *l, int threads)
     return 1;
 }
 
+/* Whether `index` says as many channels of each group as `s` does. */
+static int is_index_of(const Shape *s, const int64_t *index)
+{
+    int64_t size = s->depthwise ? s->c_out : s->c_out / s->groups;
+    int64_t each = s->depthwise ? s->computed : s->kept;
+    for (int64_t j = 0; j < s->computed * s->kept; j++)
+        if (index[j] / size != j / each)
+            return 0;
+    return are_channels(index, s->computed * s->kept, s->c_out, 1);
+}
+
 /* The groups, the images and the input channels that are computed at a time. */
 typedef struct {
     int64_t group, groups, image, images, input, inputs;
@@ -150,7 +163,7 @@ typedef struct {
 static Part part(const Shape *s, const Layout *l, int64_t block, int64_t chunk, int64_t slice)
 {
     Part p = {block * l->groups, 0, chunk * l->images, 0, slice * l->inputs, 0};
-    p.groups = smallest(l->groups, s->groups - p.group);
+    p.groups = smallest(l->groups, s->computed - p.group);
     p.images = smallest(l->images, s->n - p.image);
     p.inputs = smallest(l->inputs, s->inputs - p.input);
     return p;

@@ -189,11 +189,13 @@ INLINE void positions_of_channel(
 }
 
 /* `lines` holds (3 + threads) * c numbers; `relu` and `r` as above. */
-void norm_input_grad(
+int norm_input_grad(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
     const T *sum_dz, const T *sum_dz_xhat, const int64_t *index,
     int64_t k, int64_t n, int64_t c, int64_t s, int last, int relu, T *dy, T *lines, int threads)
 {
+    if (!are_channels(index, k, c, 0))
+        return BAD_INDEX;
     T per_position = 1 / (T)(n * s);
     T *shift = lines, *slope = lines + c, *scale = lines + 2 * c;
     for (int64_t j = 0; j < c; j++) {
@@ -214,7 +216,7 @@ void norm_input_grad(
                     dy[i * k + j] = row[index[j]];
             }
         }
-        return;
+        return DONE;
     }
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
     for (int64_t i = 0; i < n; i++)
@@ -223,4 +225,5 @@ void norm_input_grad(
             BY_RELU(positions_of_channel, dz + at, r + at, x + at,
                     mean[ch], shift[ch], slope[ch], scale[ch], s, dy + (i * k + j) * s);
         }
+    return DONE;
 }

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .tensors import (
+    as_index,
+    check,
     doubles,
     empty_of_channels,
+    is_available,
     is_matrix,
     library_for,
     pointer,
@@ -47,7 +50,7 @@ def norm_sums(
     last, threads = is_matrix(x), threads_for(x)
     c = x.shape[1]
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
-    weight, mean, invstd = _vectors(x.dtype, weight, mean, invstd)
+    weight, mean, invstd = _vectors(x, weight, mean, invstd)
     sums = x.new_empty(3, c)
     work, lines = (doubles(x, threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
     library_for(x).norm_sums(
@@ -74,33 +77,38 @@ def norm_input_grad(
     Args:
         dz, x, weight, mean, invstd, relu_out: As for :func:`norm_sums`.
         sum_dz, sum_dz_xhat: What that returned.
-        index: (k,), the channels; not checked.
+        index: (k,), the channels.
 
     Returns:
         (N, k, *spatial), of ``x``'s dtype and memory format.
     """
     k = index.shape[0]
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
-    index = index.contiguous()
+    index = as_index(index, k)
     weight, mean, invstd, sum_dz, sum_dz_xhat = _vectors(
-        x.dtype, weight, mean, invstd, sum_dz, sum_dz_xhat
+        x, weight, mean, invstd, sum_dz, sum_dz_xhat
     )
     threads = threads_for(x)
     out, lines = empty_of_channels(x, k), x.new_empty((3 + threads) * x.shape[1])
-    library_for(x).norm_input_grad(
+    check(library_for(x).norm_input_grad(
         dz.data_ptr(), relu_out.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(),
         pointer(weight), sum_dz.data_ptr(), sum_dz_xhat.data_ptr(), index.data_ptr(),
         k, *sizes(x), is_matrix(x), relu, out.data_ptr(), lines.data_ptr(), threads,
-    )  # fmt: skip
+    ))  # fmt: skip
     return out
 
 
-def _vectors(dtype: torch.dtype, *vectors: Tensor | None) -> Iterator[Tensor | None]:
-    """Return the vectors as C reads them."""
-    return (
-        v if v is None or (v.dtype is dtype and v.is_contiguous()) else v.to(dtype).contiguous()
-        for v in vectors
-    )
+def _vectors(x: Tensor, *vectors: Tensor | None) -> Iterator[Tensor | None]:
+    """Return the vectors as C reads them, one number for each channel of ``x``."""
+    return (None if v is None else _vector(v, x) for v in vectors)
+
+
+def _vector(v: Tensor, x: Tensor) -> Tensor:
+    if v.shape != x.shape[1:2]:
+        raise RuntimeError(f"{tuple(v.shape)} for the channels of a batch norm of {x.shape[1]}")
+    if v.dtype is x.dtype and v.is_contiguous() and is_available(v):
+        return v
+    return x.new_empty(v.shape).copy_(v)
 
 
 def _behind_relu(dz: Tensor, relu_out: Tensor | None, x: Tensor) -> tuple[Tensor, bool, Tensor]:
@@ -110,6 +118,10 @@ def _behind_relu(dz: Tensor, relu_out: Tensor | None, x: Tensor) -> tuple[Tensor
 
 
 def _lying_like(t: Tensor, x: Tensor) -> Tensor:
-    if t.dtype is x.dtype and t.stride() == x.stride():
+    if t.shape != x.shape:
+        raise RuntimeError(
+            f"a gradient of shape {tuple(t.shape)} for a batch norm of {tuple(x.shape)}"
+        )
+    if t.dtype is x.dtype and t.stride() == x.stride() and is_available(t):
         return t
     return torch.empty_like(x).copy_(t)

@@ -29,10 +29,12 @@ INLINE void add_products(
 
 /* dX (n, c_in), dW (c_out, c_in) and db (c_out), those that are not NULL. `dy` (n, k) has the kept
    channels only, `w` has all, `index` are the kept ones, ascending. */
-void rows_backward(
+int rows_backward(
     const T *dy, const T *x, const T *w, const int64_t *index, int64_t n, int64_t c_in,
     int64_t c_out, int64_t k, T *restrict dx, T *restrict dw, T *restrict db, int threads)
 {
+    if (!are_channels(index, k, c_out, 1))
+        return BAD_INDEX;
 #pragma omp parallel num_threads(threads)
     {
         if (dx) {
@@ -58,4 +60,5 @@ void rows_backward(
             for (int64_t j = 0; j < k; j++)
                 db[index[j]] += dy[i * k + j];
     }
+    return DONE;
 }

@@ -7,9 +7,9 @@
 void largest_channels(
     const T *t, int64_t n, int64_t c, int64_t s, int last, int order, int64_t groups, int64_t k,
     double *work, int64_t *index, int threads);
-void take_channels(
+int take_channels(
     const T *t, const int64_t *index, int64_t k, int64_t rows, int64_t c, T *out, int threads);
-void rows_backward(
+int rows_backward(
     const T *dy, const T *x, const T *w, const int64_t *index, int64_t n, int64_t c_in,
     int64_t c_out, int64_t k, T *dx, T *dw, T *db, int threads);
 int conv_dx(const T *dy, const T *w, const int64_t *index, const Shape *s, T *dx, int threads);
@@ -28,9 +28,11 @@ static int are_rows(const Shape *s)
 }
 
 /* db, whole. `dy` has the kept channels only. */
-void conv_db(const T *dy, const int64_t *index, const Shape *s, T *db)
+int conv_db(const T *dy, const int64_t *index, const Shape *s, T *db)
 {
-    int64_t kept = s->groups * s->kept, size = product(s->out);
+    int64_t kept = s->computed * s->kept, size = product(s->out);
+    if (!is_index_of(s, index))
+        return BAD_INDEX;
     memset(db, 0, s->c_out * sizeof(T));
     for (int64_t j = 0; j < kept; j++) {
         double sum = 0;
@@ -39,11 +41,12 @@ void conv_db(const T *dy, const int64_t *index, const Shape *s, T *db)
                 sum += s->dy_last ? dy[(i * size + at) * kept + j] : dy[(i * kept + j) * size + at];
         db[index[j]] = (T)sum;
     }
+    return DONE;
 }
 
 /* Chooses k channels of each of `groups` by their sums of |dy| ** order, which goes to `index`, and
    writes dX, dW and db, those that are not NULL. `dy` has all channels, in the format that `s` says.
-   Returns 0 if there is no memory. */
+   NOT_FINITE if conv_dx or conv_dw say so: dX and dW are not to be used then. */
 int conv_backward(
     const T *dy, const T *x, const T *w, const Shape *s, int order, int64_t groups, int64_t k,
     int64_t *index, T *dx, T *dw, T *db, int threads)
@@ -52,7 +55,7 @@ int conv_backward(
     int last = s->dy_last || size == 1;
     double *work = malloc(scores * sizeof(double) + s->n * kept * size * sizeof(T));
     if (!work)
-        return 0;
+        return NO_MEMORY;
     T *taken = (T *)(work + scores);
     largest_channels(dy, s->n, s->c_out, size, last, order, groups, k, work, index, threads);
     if (last)
@@ -64,14 +67,16 @@ int conv_backward(
                 memcpy(taken + (i * kept + j) * size, dy + (i * s->c_out + index[j]) * size,
                        size * sizeof(T));
     }
-    int done = 1;
+    int done = DONE;
     if (are_rows(s))
-        rows_backward(taken, x, w, index, s->n, s->c_in, s->c_out, kept, dx, dw, db, threads);
+        done = rows_backward(taken, x, w, index, s->n, s->c_in, s->c_out, kept, dx, dw, db, threads);
     else {
         if (db)
-            conv_db(taken, index, s, db);
-        done = (!dw || conv_dw(taken, x, index, s, dw, threads))
-            && (!dx || conv_dx(taken, w, index, s, dx, threads));
+            done = conv_db(taken, index, s, db);
+        if (dw && done == DONE)
+            done = conv_dw(taken, x, index, s, dw, threads);
+        if (dx && done == DONE)
+            done = conv_dx(taken, w, index, s, dx, threads);
     }
     free(work);
     return done;
