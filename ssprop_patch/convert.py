@@ -99,7 +99,11 @@ def convert(
     if controller is None:
         controller = SparsityController(schedule, steps_per_epoch=steps_per_epoch)
     elif not isinstance(controller, SparsityController):
-        raise TypeError(f"controller must be a SparsityController, got {controller!r}")
+        again = type(controller).__qualname__ == SparsityController.__qualname__
+        raise TypeError(
+            f"controller must be a SparsityController, got {controller!r}"
+            + ", made before this package was imported again: make a new one" * again
+        )
     elif schedule is not presets.PAPER or steps_per_epoch is not None:
         raise ValueError(
             "schedule and steps_per_epoch belong to the controller: give them to "
