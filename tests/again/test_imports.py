@@ -153,7 +153,7 @@ def test_its_schedules_are_schedules_and_its_controllers_are_refused_with_the_re
     for t in range(3):
         assert other.get_controller(model).t == t
         torch.optim.SGD(model.parameters(), 0.0).step()
-    assert other.SequentialSchedule([schedule, ssp.ConstantSchedule(0.25)], [2])(3) == 0.25
+    assert other.SequentialSchedule([schedule, ssp.ConstantSchedule(0.25, interval="step")], [2])(3) == 0.25
     with pytest.raises(TypeError, match=r"imported again: make a new one"):
         other.convert(make(), controller=ssp.SparsityController(0.5))
 
