@@ -19,6 +19,7 @@ from classifier.training import evaluate
 from rich.progress import track
 
 from ssprop_patch import Meter, convert, plots
+from ssprop_patch._files import replacing, write_atomically
 from ssprop_patch.schedule_text import parse_schedule
 
 
@@ -61,10 +62,14 @@ def main() -> None:
     report = meter.report()
     print(report)
     print(f"test accuracy {100 * correct:.1f} %")
-    (folder / "report.json").write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
-    plots.channels(meter.channels).savefig(folder / "channels.png")
-    plots.flops_per_layer(report).savefig(folder / "flops.png")
-    plots.schedule(schedule, options.epochs, steps).savefig(folder / "schedule.png")
+    write_atomically(folder / "report.json", report.to_json(indent=1) + "\n")
+    for name, figure in (
+        ("channels", plots.channels(meter.channels)),
+        ("flops", plots.flops_per_layer(report)),
+        ("schedule", plots.schedule(schedule, options.epochs, steps)),
+    ):
+        with replacing(folder / f"{name}.png") as beside:
+            figure.savefig(beside, format="png")
     print(f"wrote {folder}")
 
 

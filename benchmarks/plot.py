@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rows import Row, Setting, read
 
+from ssprop_patch._files import replacing
 from ssprop_patch.cli.options import Parser
 
 # Told apart by eyes that see few colours (Okabe and Ito); the sides by their markers, in grey too.
@@ -134,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = args.output or args.csv[0].with_suffix(".png")
     try:
         figure = draw([row for path in args.csv for row in read(path)])
-        figure.savefig(output)
+        with replacing(output) as beside:
+            figure.savefig(beside, format=output.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {output}")

@@ -7,6 +7,7 @@ each mode. benchmarks/README.md says what each column means.
 from __future__ import annotations
 
 import csv
+import io
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +17,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ssprop_patch._files import append_rows, is_begun, whole_rows
 from ssprop_patch.timing import Quantiles, device_name
 
 
@@ -103,6 +105,7 @@ FIELDS = (
     "side", "mode", "p20_ms", "p50_ms", "p80_ms", "share_of_dense", "limit_ms", "kernel",
     "peak_memory_mib", "iterations", "threads", "torch", "timm", "python",
 )  # fmt: skip
+_HEADER = ",".join(FIELDS) + "\r\n"
 
 
 def compare(
@@ -149,15 +152,15 @@ def compare(
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` at the end of a CSV, which is begun if it is not there.
 
+    A row that a killed process left unfinished is cut off first.
+
     Raises:
         ValueError: If the file has other columns, or its folder is missing.
     """
-    new = check_header(path)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    check_header(path)
+    text = io.StringIO()
+    csv.DictWriter(text, FIELDS).writerows(asdict(row) for row in rows)
+    append_rows(path, text.getvalue(), _HEADER)
 
 
 def check_header(path: Path) -> bool:
@@ -170,29 +173,30 @@ def check_header(path: Path) -> bool:
     """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if not path.exists() or path.stat().st_size == 0:
+    content = path.read_bytes() if path.exists() else b""
+    if is_begun(content, _HEADER):
         return True
-    with path.open(newline="") as file:
-        _compare_header(path, next(csv.reader(file), []))
+    text = (whole_rows(content) or content).decode()
+    _compare_header(path, next(csv.reader(io.StringIO(text, newline="")), []))
     return False
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a CSV.
+    """Return the rows of a CSV, without one that a killed process left unfinished.
 
     Raises:
         ValueError: If the file has other columns, or a cell is not of its column's type.
     """
     hints = get_type_hints(Row)
     found = []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        _compare_header(path, reader.fieldnames or [])
-        for cells in reader:
-            try:
-                found.append(Row(**{name: _value(hints[name], cells[name]) for name in FIELDS}))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    text = whole_rows(path.read_bytes()).decode()
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    _compare_header(path, reader.fieldnames or [])
+    for cells in reader:
+        try:
+            found.append(Row(**{name: _value(hints[name], cells[name]) for name in FIELDS}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     return found
 
 

@@ -21,8 +21,8 @@ from .schedules import Schedule, as_schedule
 from .selection import RandomScores, ScoreFn, kept_channels
 
 
-class _Token:
-    """One temporary rate in force; compared by identity."""
+class TemporaryRate:
+    """A rate that is in force for a while; compared by identity."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -60,7 +60,7 @@ class SparsityController:
         self._by_hand = False  # somebody called step(): the optimizer hook stands back
         self._warned = False
         self.random_scores = RandomScores(seed)
-        self._temporary: list[_Token] = []
+        self._temporary: list[TemporaryRate] = []
         self._set_rate(self._schedule(0))
         self.watch = IterationWatch(self._on_iteration)
 
@@ -99,19 +99,22 @@ class SparsityController:
 
     def _refresh(self) -> None:
         in_force = self._temporary[-1].rate if self._temporary else self._scheduled_rate
-        self._drop_rate = in_force
         # A bool of its own: torch.compile guards on what it reads, and on this twice at most.
-        self.sparse = in_force > 0.0
+        # Both in one line: an interrupt does not come between.
+        self._drop_rate, self.sparse = in_force, in_force > 0.0
 
-    def push_rate(self, rate: float) -> _Token:
-        """Put a temporary rate in force; return what :meth:`pop_rate` takes to end it."""
-        self._temporary.append(token := _Token(rate))
+    def push_rate(self, temporary: TemporaryRate) -> None:
+        """Put a temporary rate in force, until :meth:`pop_rate`."""
+        self._temporary.append(temporary)
         self._refresh()
-        return token
 
-    def pop_rate(self, token: _Token) -> None:
-        """End a temporary rate; in any order, as generators may leave their blocks."""
-        self._temporary.remove(token)
+    def pop_rate(self, temporary: TemporaryRate) -> None:
+        """End a temporary rate; in any order, as generators may leave their blocks.
+
+        One that is not in force any more, or never was, changes nothing.
+        """
+        if temporary in self._temporary:
+            self._temporary.remove(temporary)
         self._refresh()
 
     # --- the counter --------------------------------------------------------------------------

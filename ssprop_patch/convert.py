@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
@@ -12,8 +12,8 @@ from torch.utils._contextlib import _DecoratorContextManager
 from . import presets
 from ._validate import check_count
 from .controller import Policy, SparsityController
-from .iterations import Membership
-from .modules import Patched, PatchedLayer, original_class, patched_class
+from .conversion import Conversion, apply_conversion
+from .modules import is_patched, is_patched_layer
 from .plan import DEFAULT_TYPES, FilterFn, Plan, Types, plan
 from .schedules import Schedule
 from .selection import Selection, resolve_selection
@@ -97,7 +97,11 @@ def convert(
     if controller is None:
         controller = SparsityController(schedule, steps_per_epoch=steps_per_epoch)
     elif not isinstance(controller, SparsityController):
-        raise TypeError(f"controller must be a SparsityController, got {controller!r}")
+        again = type(controller).__qualname__ == SparsityController.__qualname__
+        raise TypeError(
+            f"controller must be a SparsityController, got {controller!r}"
+            + ", made before this package was imported again: make a new one" * again
+        )
     elif schedule is not presets.PAPER or steps_per_epoch is not None:
         raise ValueError(
             "schedule and steps_per_epoch belong to the controller: give them to "
@@ -138,17 +142,20 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: If something was put on a layer's class after conversion (a parametrization,
             FSDP) and has to come off first. Nothing has changed then.
     """
-    todo = plan(model)
-    blocked = Plan(tuple(row for row in todo.refused if isinstance(row.module, Patched)))
-    if blocked.rows:
-        raise ValueError(_refusal("revert", blocked))
+    _check_that_nothing_is_wrapped(model)
     apply_conversion(Conversion({}, {}), within=model)
     return model
 
 
+def _check_that_nothing_is_wrapped(model: nn.Module) -> None:
+    wrapped = Plan(tuple(row for row in plan(model).refused if is_patched(row.module)))
+    if wrapped.rows:
+        raise ValueError(_refusal("revert", wrapped))
+
+
 def is_converted(module: nn.Module) -> bool:
     """Whether the module itself, or anything below it, has a sparse backward."""
-    return any(isinstance(m, PatchedLayer) for m in module.modules())
+    return any(is_patched_layer(m) for m in module.modules())
 
 
 class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
@@ -171,64 +178,25 @@ class converted(_DecoratorContextManager):  # lower case, as torch.no_grad
 
     def __enter__(self) -> nn.Module:
         before = Conversion.of(self.model)
-        convert(self.model, *self._args, **self._kwargs)
-        self._before.append(before)
-        return self.model
+        try:
+            convert(self.model, *self._args, **self._kwargs)
+            self._before.append(before)
+            return self.model
+        except BaseException:  # an interrupt may come after the conversion
+            self._before[:] = [b for b in self._before if b is not before]
+            apply_conversion(before, within=self.model)
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
-        revert(self.model)
-        apply_conversion(self._before.pop(), within=self.model)
-
-
-class Conversion(NamedTuple):
-    """What is converted in a model.
-
-    Attributes:
-        layers: With the policy of each.
-        roots: Whole models, with the controller of each.
-    """
-
-    layers: Mapping[nn.Module, Policy]
-    roots: Mapping[nn.Module, SparsityController]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Conversion:
-        """Return how things stand in ``model``."""
-        layers = {m: m._ssprop_policy for m in model.modules() if isinstance(m, PatchedLayer)}
-        marks = {m: vars(m).get("_ssprop_root") for m in model.modules()}
-        roots = {m: mark.controller for m, mark in marks.items() if mark is not None}
-        return cls(layers, roots)
-
-
-def apply_conversion(after: Conversion, within: nn.Module) -> None:
-    """Make ``after`` all that is converted in ``within``.
-
-    All or nothing: a class that refuses to be replaced leaves every layer as it was.
-    """
-    before = Conversion.of(within)
-    done: list[tuple[nn.Module, type]] = []
-    try:
-        for module in dict.fromkeys((*before.layers, *after.layers)):
-            cls = type(module)
-            plain = original_class(cls)
-            module.__class__ = patched_class(plain) if module in after.layers else plain
-            done.append((module, cls))
-    except BaseException:
-        for module, cls in done:
-            module.__class__ = cls
-        raise
-    # By vars(): a compiled model's setattr and getattr mean the module it wraps.
-    for module, policy in before.layers.items():
-        policy.controller.watch.discard(module)
-        del vars(module)["_ssprop_policy"], vars(module)["_ssprop_membership"]
-    for module, controller in before.roots.items():
-        controller.watch.discard(module)
-        del vars(module)["_ssprop_root"]
-    for module, policy in after.layers.items():
-        membership = Membership(module, policy.controller, is_layer=True)
-        vars(module).update(_ssprop_policy=policy, _ssprop_membership=membership)
-    for module, controller in after.roots.items():
-        vars(module)["_ssprop_root"] = Membership(module, controller, is_layer=False)
+        _check_that_nothing_is_wrapped(self.model)
+        before, done = self._before[-1], False
+        try:
+            apply_conversion(before, within=self.model)
+            done = True
+        finally:
+            if not done:  # an interrupt came: nobody will leave this block again
+                apply_conversion(before, within=self.model)
+            self._before[:] = [b for b in self._before if b is not before]
 
 
 def _refusal(verb: str, refused: Plan) -> str:

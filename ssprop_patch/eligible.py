@@ -13,9 +13,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .modules import (
     LAYERS,
-    Patched,
     base_layer,
     has_own_forward,
+    is_patched,
     is_patched_class,
     original_class,
     overrides_forward,
@@ -88,7 +88,7 @@ def check_types(types: Types) -> tuple[type[nn.Module], ...]:
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether something was put on the class of a patched layer or norm."""
-    return isinstance(module, Patched) and not is_patched_class(type(module))
+    return is_patched(module) and not is_patched_class(type(module))
 
 
 def looks_like_convolution(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from . import opaque, presets
 from ._validate import check_count, check_drop_rate
 from .controller import SparsityController
-from .modules import PatchedLayer
+from .modules import is_patched_layer
 from .plan import DEFAULT_TYPES, Types, plan
 from .report import LayerFlops, Summary
 from .schedules import Schedule, as_schedule
@@ -166,10 +166,10 @@ def summary(
     if not rows:
         raise ValueError(f"no convolution in this {type(model).__name__}")
     for row in rows.values():
-        if row.action == "refuse" and not isinstance(row.module, PatchedLayer):
+        if row.action == "refuse" and not is_patched_layer(row.module):
             raise ValueError(f"{row.name or '(model)'}: {row.reason}")
 
-    policies = {m: m._ssprop_policy for m in rows if isinstance(m, PatchedLayer)}
+    policies = {m: m._ssprop_policy for m in rows if is_patched_layer(m)}
     labels: dict[str, None] = {}  # an ordered set
 
     @cache

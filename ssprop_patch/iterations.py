@@ -99,8 +99,9 @@ class Membership:
         return Membership, (self._module(), self.controller, self._is_layer)
 
 
-_watches: WeakSet[IterationWatch] = WeakSet()
-_hook: Any = None
+if "_watches" not in globals():  # else this module is reloaded: the hook that there is goes on
+    _watches: WeakSet[IterationWatch] = WeakSet()
+    _hook: Any = None
 
 
 def _install_hook() -> None:

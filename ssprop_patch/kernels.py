@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ._device import device_name, waiter
+from ._files import write_atomically
 from ._text import columns
 from .kept import Kept
 from .passes import is_channels_last
@@ -210,8 +211,8 @@ def table() -> str:
 
 
 def save(path: str | PathLike[str]) -> None:
-    """Write all choices to a JSON file."""
-    Path(path).write_text(json.dumps([asdict(c) for c in _chosen.values()], indent=1) + "\n")
+    """Write all choices to a JSON file; one that is there is replaced at once."""
+    write_atomically(path, json.dumps([asdict(c) for c in _chosen.values()], indent=1) + "\n")
 
 
 def load(path: str | PathLike[str]) -> int:

@@ -41,6 +41,51 @@ LAYERS: dict[type[nn.Module], Operation] = {
 Patch = Callable[[type[nn.Module]], type[nn.Module]]
 
 
+class _Kept:
+    """What a class keeps its patched subclass in, see :func:`once_per_class`.
+
+    A class that is pickled by value (cloudpickle, dill) leaves its content behind.
+    """
+
+    def __init__(self, patched: type[nn.Module]) -> None:
+        self.patched = patched
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def once_per_class(patch: Patch) -> Patch:
+    """Make ``patch`` return the same subclass of a class each time.
+
+    torch.compile guards on it. The class itself keeps it, so that both go when nobody needs the
+    class any more: a parametrization makes one for each layer. A second import of this package
+    puts its own in that place; what the first one patched is still found among the subclasses.
+    """
+
+    @functools.wraps(patch)
+    def once(cls: type[nn.Module]) -> type[nn.Module]:
+        kept = vars(cls).get("_ssprop_patched")
+        if isinstance(kept, _Kept) and kept.patched._ssprop_patch is once:
+            return kept.patched
+        if (found := existing(cls)) is None:
+            made = patch(cls)
+            # The first of those that there are now: another thread may have made one meanwhile.
+            found = existing(cls) or made
+        type.__setattr__(cls, "_ssprop_patched", _Kept(found))
+        return found
+
+    def existing(cls: type[nn.Module]) -> type[nn.Module] | None:
+        return next(
+            (
+                sub for sub in type.__subclasses__(cls)
+                if original_class(sub) is cls and sub._ssprop_patch is once
+            ),
+            None,
+        )  # fmt: skip
+
+    return once
+
+
 class Patched(nn.Module):
     """Mixin of all patched classes: what a copy and a pickle of one need.
 
@@ -62,6 +107,8 @@ class PatchedLayer(Patched):
     the controller's watch.
     """
 
+    _ssprop_is_layer = True
+
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "sparse backward"]))
 
@@ -79,6 +126,20 @@ def _rebuild(
 def original_class(cls: type) -> type:
     """Return the class that a patched class was made from; any other class as it is."""
     return cls.__dict__.get("_ssprop_original", cls)
+
+
+# By attributes, not by isinstance: a layer that another import of this package patched, before a
+# reload or under another name, has other mixins.
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the class of ``module``, or a base of it, was made by :func:`make_patched_class`."""
+    return hasattr(type(module), "_ssprop_original")
+
+
+def is_patched_layer(module: nn.Module) -> bool:
+    """As :func:`is_patched`, of a layer with a sparse backward."""
+    return hasattr(type(module), "_ssprop_is_layer")
 
 
 def is_patched_class(cls: type) -> bool:
@@ -104,7 +165,7 @@ def overrides_forward(cls: type[nn.Module]) -> bool:
     return has_own_forward(cls) or base_layer(cls) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@functools.cache
+@once_per_class
 def patched_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``cls``, a layer class, with a sparse backward."""
     base = base_layer(cls)

@@ -30,8 +30,10 @@ class RateSource(Protocol):
     def record(self) -> Record | None: ...
 
 
-_sources: WeakValueDictionary[int, RateSource] = WeakValueDictionary()
-_count = itertools.count()
+# Where this module is reloaded, handles and operators of before stay good: graphs hold them.
+_before = dict(globals())
+_sources: WeakValueDictionary[int, RateSource] = _before.get("_sources", WeakValueDictionary())
+_count = _before.get("_count", itertools.count())
 
 
 def register(policy: RateSource) -> int:
@@ -56,7 +58,21 @@ def source(handle: int) -> RateSource:
     return found
 
 
-_lib = torch.library.Library("ssprop_patch", "DEF")
+def _new_library() -> torch.library.Library:
+    """Return a library with a name of its own: another import of the package may have the first."""
+    for number in range(1, 10_000):
+        name = "ssprop_patch" if number == 1 else f"ssprop_patch_{number}"
+        try:
+            return torch.library.Library(name, "DEF")
+        except RuntimeError as error:
+            if "single TORCH_LIBRARY" not in str(error):
+                raise
+    raise RuntimeError("ssprop_patch was imported too often in one process")
+
+
+_libraries: list[torch.library.Library] = _before.get("_libraries", [])
+_lib = _new_library()
+_libraries.append(_lib)
 
 
 # - cudagraph_unsafe: a CUDA graph would replay the rate that it was recorded with.
@@ -76,8 +92,8 @@ def _define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> 
     name = schema.partition("(")[0]
     _lib.define(schema, tags=_TAGS)
     _lib.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ssprop_patch::{name}", fake, lib=_lib)
-    return getattr(torch.ops.ssprop_patch, name)
+    torch.library.register_fake(f"{_lib.ns}::{name}", fake, lib=_lib)
+    return getattr(getattr(torch.ops, _lib.ns), name)
 
 
 def _conv_backward(

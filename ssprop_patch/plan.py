@@ -18,7 +18,7 @@ from .eligible import (
     judge,
     looks_like_convolution,
 )
-from .modules import PatchedLayer, original_class
+from .modules import is_patched_layer, original_class
 from .patterns import check_patterns, matches
 from .planned import Plan, PlanNetwork, PlanRow
 from .selection import Selection, resolve_selection
@@ -111,7 +111,10 @@ def plan(
     layers = {
         m: aliases
         for m, aliases in names.items()
-        if isinstance(m, (*types, PatchedLayer)) or looks_like_convolution(m) or is_wrapped(m)
+        if isinstance(m, types)
+        or is_patched_layer(m)
+        or looks_like_convolution(m)
+        or is_wrapped(m)
     }
     check_patterns((*exclude, *overrides), layers)
 

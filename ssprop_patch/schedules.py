@@ -227,7 +227,7 @@ class SequentialSchedule(Schedule):
 
     def __post_init__(self) -> None:
         parts, points = _check_pieces(self.schedules, self.milestones, "schedules")
-        if not all(isinstance(part, Schedule) for part in parts):
+        if not all(map(_is_schedule, parts)):
             raise TypeError(f"schedules must hold Schedule objects, got {list(parts)}")
         if len({part.interval for part in parts}) > 1:
             raise ValueError(f"schedules must share one interval, got {list(parts)}")
@@ -266,6 +266,17 @@ class LambdaSchedule(Schedule):
         return super().__repr__().replace(repr(self.fn), f"{named.__module__}.{named.__qualname__}")
 
 
+def _is_schedule(obj: Any) -> bool:
+    """Whether ``obj`` is a schedule; of this package before it was imported again, too."""
+    if isinstance(obj, Schedule):
+        return True
+    module = __name__.rpartition(".")[2]
+    return hasattr(obj, "is_constant") and any(
+        base.__qualname__ == Schedule.__qualname__ and base.__module__.endswith(f".{module}")
+        for base in type(obj).__mro__
+    )
+
+
 def as_schedule(obj: Any) -> Schedule:
     """Return ``obj`` itself, a ConstantSchedule of a number, or a LambdaSchedule of a function.
 
@@ -273,7 +284,7 @@ def as_schedule(obj: Any) -> Schedule:
         TypeError: If ``obj`` is none of these.
         ValueError: If it is a number outside [0, 1).
     """
-    if isinstance(obj, Schedule):
+    if _is_schedule(obj):
         return obj
     if not isinstance(obj, bool) and (isinstance(obj, numbers.Real) or hasattr(obj, "item")):
         return ConstantSchedule(obj)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
 
 from ._validate import check_drop_rate
-from .controller import SparsityController, find_controllers, get_controller
+from .controller import SparsityController, TemporaryRate, find_controllers, get_controller
 
 
 class sparsity(_DecoratorContextManager):  # lower case, as torch.no_grad
@@ -29,7 +29,7 @@ class sparsity(_DecoratorContextManager):  # lower case, as torch.no_grad
     def __init__(self, model: nn.Module, drop_rate: float) -> None:
         self.model = model
         self.drop_rate = check_drop_rate(drop_rate)
-        self._entered: list[list[tuple[SparsityController, object]]] = []
+        self._entered: list[tuple[TemporaryRate, list[SparsityController]]] = []
 
     def clone(self) -> sparsity:
         """Return a fresh manager with the same arguments, for each call of a decorated function."""
@@ -37,11 +37,26 @@ class sparsity(_DecoratorContextManager):  # lower case, as torch.no_grad
 
     def __enter__(self) -> None:
         controllers = find_controllers(self.model) or [get_controller(self.model)]
-        self._entered.append([(c, c.push_rate(self.drop_rate)) for c in controllers])
+        temporary = TemporaryRate(self.drop_rate)
+        try:
+            for controller in controllers:
+                controller.push_rate(temporary)
+            self._entered.append((temporary, controllers))
+        except BaseException:  # an interrupt: nobody will leave this block
+            self._end(temporary, controllers)
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
-        for controller, token in self._entered.pop():
-            controller.pop_rate(token)
+        temporary, controllers = self._entered[-1]
+        try:
+            self._end(temporary, controllers)
+        finally:  # once more, which changes nothing but where an interrupt came
+            self._end(temporary, controllers)
+
+    def _end(self, temporary: TemporaryRate, controllers: list[SparsityController]) -> None:
+        for controller in controllers:
+            controller.pop_rate(temporary)
+        self._entered[:] = [entry for entry in self._entered if entry[0] is not temporary]
 
 
 def dense(model: nn.Module) -> sparsity:

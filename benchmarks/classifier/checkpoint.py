@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from classifier.options import UserError
+from ssprop_patch._files import replacing, write_atomically
 
 
 class Stateful(Protocol):
@@ -48,8 +46,8 @@ class RandomState:
 def save(path: Path, parts: dict[str, Stateful]) -> None:
     """Write the state of each part to ``path``."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    with replacing(path) as temporary:
-        torch.save(states, temporary)
+    with replacing(path) as beside, beside.open("wb") as file:
+        torch.save(states, file)
 
 
 def load(path: Path, parts: dict[str, Stateful]) -> None:
@@ -64,21 +62,9 @@ def load(path: Path, parts: dict[str, Stateful]) -> None:
         part.load_state_dict(states[name])
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, that takes the place of ``path`` at once when all went well.
-
-    Whenever the process dies, ``path`` is the old file or the new one, never a part of one.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path``, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+    write_atomically(path, json.dumps(value, indent=1))
 
 
 def read_json(path: Path) -> Any:

@@ -123,8 +123,8 @@ def _kept(name: str, place: Path, cache_dir: Path, size: int) -> Source:
             train, test = _decode(place, size)
             source = _source(name, train, test, size, "")
             state = {"train": source.train, "test": source.test, "digest": source.digest}
-            with replacing(path) as temporary:
-                torch.save(state, temporary)
+            with replacing(path) as beside, beside.open("wb") as file:
+                torch.save(state, file)
     return Source(name, tuple(state["train"]), tuple(state["test"]), place.name, state["digest"])
 
 

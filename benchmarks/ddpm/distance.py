@@ -73,8 +73,9 @@ def trained_features(
     path = folder / f"classifier-{wanted.id}-{source.digest}.pt"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            with replacing(path) as temporary:
-                torch.save(_train(wanted, source, data, device, path), temporary)
+            trained = _train(wanted, source, data, device, path)
+            with replacing(path) as beside, beside.open("wb") as file:
+                torch.save(trained, file)
             _checkpoint(path).unlink(missing_ok=True)
     state = torch.load(path, map_location=device, weights_only=True)
     model, _ = classifiers.build(wanted, source)

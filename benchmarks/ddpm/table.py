@@ -10,12 +10,12 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
-from classifier.checkpoint import replacing
 from classifier.table import spread
 from rich.table import Table
 from study.rows import Rows
 
 from ddpm.distance import CAVEAT
+from ssprop_patch._files import replacing, write_atomically
 
 _COLUMNS = (
     ("epochs", "trained_epochs", 1.0, ".4g"),
@@ -54,8 +54,8 @@ def write(folder: Path, rows: Sequence[Mapping[str, str]], output: Path) -> None
     Rows(folder / "runs.csv", FIELDS).replace(rows)
     lines = [_NAMES, ["---", *["---:"] * (len(_NAMES) - 1)], *_lines(rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    with replacing(folder / "table.md") as temporary:
-        temporary.write_text(f"# {_title(rows[0])}\n\n{text}\n\n{_caption(rows[0])}\n")
+    whole = f"# {_title(rows[0])}\n\n{text}\n\n{_caption(rows[0])}\n"
+    write_atomically(folder / "table.md", whole)
     some = [row for row in rows if row["seed"] == rows[0]["seed"]]
     figure, axes = plt.subplots(
         1, len(some), figsize=(4 * len(some), 4.3), squeeze=False, layout="constrained"

@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from classifier.checkpoint import replacing
 from classifier.options import UserError
 from rich.console import Console
 from rich.table import Table
+
+from ssprop_patch._files import write_atomically
 
 
 def options(description: str, arguments: list[str] | None) -> argparse.Namespace:
@@ -140,8 +141,7 @@ def _report(
         for condition in found:
             console.print(table.build(condition))
         console.print(table.LEGEND)
-        with replacing(folder / "table.md") as temporary:
-            temporary.write_text(table.markdown(found, study.name))
+        write_atomically(folder / "table.md", table.markdown(found, study.name))
         written.append("table.md")
     if picture:
         plot.draw(folder / "study.png", found, study.name)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from classifier.checkpoint import replacing
 from classifier.options import UserError
 from filelock import FileLock, Timeout
+
+from ssprop_patch._files import append_rows, whole_rows, write_atomically
 
 
 class Rows:
@@ -38,8 +38,7 @@ class Rows:
         """
         if not self.path.exists():
             return []
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1].decode()
+        whole = whole_rows(self.path.read_bytes()).decode()
         rows = list(csv.DictReader(io.StringIO(whole, newline="")))
         if whole and not whole.startswith(_line(self.fields)):
             raise UserError(
@@ -58,21 +57,13 @@ class Rows:
         with self._lock:
             if row["id"] in self.ids():
                 return False
-            with self.path.open("a+b") as file:
-                file.seek(0)
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
-                head = "" if file.seek(0, os.SEEK_END) else _line(self.fields)
-                file.write((head + line).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            append_rows(self.path, line, _line(self.fields))
         return True
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Let the file hold these rows and no others."""
         lines = [_line(self.fields), *(_line(row[name] for name in self.fields) for row in rows)]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(lines))
+        write_atomically(self.path, "".join(lines))
 
     def same_images(self, name: str, size: int, digest: str, origin: str) -> None:
         """Refuse to mix rows of different images under one name.

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from ssprop_patch._files import append_rows, whole_rows, write_atomically
+
 from .models import Entry
 
 Row = dict[str, Any]
@@ -36,12 +38,12 @@ class Results:
         self.path, self.fields = path, fields
         if path.exists():
             text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
+            whole = whole_rows(text)
             if whole != text:  # the machine stopped in the middle of a write
-                path.write_bytes(whole)
+                write_atomically(path, whole)
         if not path.exists() or not path.stat().st_size:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_line(fields))
+            write_atomically(path, _line(fields))
 
     def rows(self) -> list[Row]:
         """Return what is there."""
@@ -54,18 +56,14 @@ class Results:
 
     def append(self, row: Row) -> None:
         """Add one row."""
-        line = _line(row.get(name, "") for name in self.fields).encode()
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line)
+        append_rows(self.path, _line(row.get(name, "") for name in self.fields))
 
     def keep(self, wanted: Callable[[Entry], bool], order: Iterable[Entry]) -> None:
         """Rewrite the file with the wanted rows, in the given order."""
         done = self.done()
         rows = [done[entry] for entry in order if entry in done and wanted(entry)]
         text = _line(self.fields) + "".join(_line(r[n] for n in self.fields) for r in rows)
-        beside = self.path.with_suffix(".part")
-        beside.write_text(text)
-        beside.replace(self.path)
+        write_atomically(self.path, text)
 
 
 def _line(values: Iterable[Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .._files import replacing
 from .errors import CommandError, one_line
 
 
@@ -57,8 +58,11 @@ def plot(draw: Callable[[ModuleType], Any], path: Path) -> None:
         if "matplotlib" not in str(error):
             raise
         raise CommandError('--plot needs matplotlib: pip install "ssprop_patch[plot]"') from error
+    if not path.suffix:  # as matplotlib names it
+        path = path.with_name(f"{path.name}.png")
     try:
-        figure.savefig(path, bbox_inches="tight")
+        with replacing(path) as beside:
+            figure.savefig(beside, bbox_inches="tight", format=path.suffix[1:])
     except (OSError, ValueError) as error:  # no such folder; no such format
         raise CommandError(f"--plot {path}: {one_line(error)}") from error
     print(f"wrote {path}")

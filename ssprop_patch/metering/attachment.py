@@ -115,7 +115,7 @@ class Attachment:
                 name, _is_transposed(row), count_channels=self._count_channels
             )
             records[name] = record
-            policies[row.module] = policy.metered(record)
+            policies[row.module] = Policy.metered(policy, record)
         apply_conversion(before._replace(layers=policies), within=self._model)
         # The steps of whoever trains these alone do not count for a controller they only borrow.
         for module, controller in bystanders:

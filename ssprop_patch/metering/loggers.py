@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from .._files import is_begun, whole_rows, write_whole
 
 if TYPE_CHECKING:
     from .meter import Meter
@@ -87,7 +90,7 @@ def _add_scalars(writer: ScalarWriter) -> Callable[[Scalars, int], None]:
 class CsvFile:
     """A table that is added to row by row, by one process after another.
 
-    Each row is on the disk once it is written. A row that a killed process left unfinished is cut
+    Each row is in the file once it is written, whole. A row that a killed process left unfinished is cut
     off. A run resumed from an older checkpoint writes some steps again: the later row counts.
 
     Args:
@@ -101,23 +104,34 @@ class CsvFile:
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self._columns = columns
         text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
+        whole = whole_rows(text)
         header = next(csv.reader(whole.decode().splitlines()), None)
-        if header not in (None, list(columns)) or (header is None and text):
+        is_ours = is_begun(text, _line(columns)) if header is None else header == list(columns)
+        if not is_ours:
             raise ValueError(f"{path} is there already and has other columns: log to another file")
-        self._file = path.open("a", newline="", encoding="utf-8")
+        # Without a buffer, whose content would come out after a failure.
+        self._file = path.open("ab", buffering=0)
         if len(whole) < len(text):
             self._file.truncate(len(whole))
         if header is None:
-            csv.writer(self._file).writerow(columns)
-            self._file.flush()
+            write_whole(self._file.fileno(), _line(columns).encode())
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Add a row; what is not among ``scalars`` stays empty."""
+        """Add a row; what is not among ``scalars`` stays empty.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; nothing of it is in the file then.
+        """
         row = {"step": step, **scalars}
-        csv.writer(self._file).writerow([row.get(name, "") for name in self._columns])
-        self._file.flush()
+        line = _line([row.get(name, "") for name in self._columns])
+        write_whole(self._file.fileno(), line.encode())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _line(values: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(values)
+    return text.getvalue()
