@@ -68,16 +68,16 @@ def sparse(
     k: int = 0,
     score_fn: ScoreFn | None = None,
     record: Record | None = None,
-    handle: int | None = None,
+    compiled: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Run ``operation``; in the backward keep ``k`` channels, or what ``handle`` says by then.
+    """Run ``operation``; in the backward keep ``k`` channels, or what ``compiled`` says.
 
     Args:
         k: Channels to keep of each choice.
         score_fn: Scores the channels.
         record: Is told of this call.
-        handle: Instead of these three: a registered source of them, see
-            :mod:`ssprop_patch.opaque`. For torch.compile, which would make one graph per ``k``.
+        compiled: Instead of these three: rate and token, see :mod:`ssprop_patch.opaque`. For
+            torch.compile, which would make one graph per ``k``.
 
     Raises:
         TypeError: If the tensors are complex.
@@ -97,10 +97,10 @@ def sparse(
         input, weight = _cast(input, dtype, device_type), _cast(weight, dtype, device_type)
         bias = None if bias is None else _cast(bias, dtype, device_type)
     if operation.dims == 0:
-        if handle is None:
+        if compiled is None:
             return _SparseLinear.apply(input, weight, bias, k, score_fn, record)
-        return _OpaqueSparseLinear.apply(input, weight, bias, handle)
-    return _convolve(operation, input, weight, bias, geometry, k, score_fn, record, handle)
+        return _OpaqueSparseLinear.apply(input, weight, bias, *compiled)
+    return _convolve(operation, input, weight, bias, geometry, k, score_fn, record, compiled)
 
 
 # First, as ``device.type`` takes longer than all else that is asked of a tensor in a forward.
@@ -129,7 +129,7 @@ def _convolve(
     k: int,
     score_fn: ScoreFn | None,
     record: Record | None,
-    handle: int | None,
+    compiled: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     dims = operation.dims
     unbatched = input.dim() == dims + 1
@@ -146,10 +146,10 @@ def _convolve(
         params = _params_of(geometry, dims, operation.transposed)
         plain = type(input) is Tensor and not (_is_wrapped(input) or _is_wrapped(weight))
         apply = _apply_plain if plain else _apply
-    if handle is None:
+    if compiled is None:
         out = apply(input, weight, bias, params, k, score_fn, record)
     else:
-        out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
+        out = _OpaqueSparseConv.apply(input, weight, bias, *params, *compiled)
     return out.squeeze(0) if unbatched else out
 
 
@@ -297,7 +297,11 @@ def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
 
 
 class _OpaqueSparseConv(torch.autograd.Function):
-    """For torch.compile: an opaque operator asks for the rate when the backward runs."""
+    """For torch.compile: the backward is an opaque operator, told the rate by a tensor.
+
+    That and the token are put on ``ctx``, not saved: where torch (2.14) tells the two apart,
+    checkpointing of compiled code keeps those of the first forward, as it does in eager mode.
+    """
 
     @staticmethod
     def forward(
@@ -311,10 +315,12 @@ class _OpaqueSparseConv(torch.autograd.Function):
         groups: int,
         transposed: bool,
         output_padding: tuple[int, ...],
-        handle: int,
+        rate: Tensor,
+        token: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.config = stride, padding, dilation, groups, transposed, output_padding, handle
+        ctx.geometry = stride, padding, dilation, groups, transposed, output_padding
+        ctx.rate, ctx.token = rate, token
         params = ConvParams(stride, padding, dilation, groups, transposed, output_padding)
         return _convolution(x, w, b, params)
 
@@ -323,12 +329,12 @@ class _OpaqueSparseConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         mask = [need_x, need_w, need_b]
-        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.config, mask)
+        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.geometry, ctx.rate, ctx.token, mask)
         return (
             dx if need_x else None,
             dw if need_w else None,
             db if need_b else None,
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -336,19 +342,22 @@ class _OpaqueSparseLinear(torch.autograd.Function):
     """As :class:`_OpaqueSparseConv`, of ``F.linear``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, handle: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, rate: Tensor, token: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.handle = handle
+        ctx.rate, ctx.token = rate, token
         return F.linear(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dx, dw, db = opaque.linear_backward(dy, x, w, ctx.handle, [need_x, need_w, need_b])
+        mask = [need_x, need_w, need_b]
+        dx, dw, db = opaque.linear_backward(dy, x, w, ctx.rate, ctx.token, mask)
         return (
             dx if need_x else None,
             dw if need_w else None,
             db if need_b else None,
-            None,
-        )
+            None, None,
+        )  # fmt: skip

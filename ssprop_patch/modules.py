@@ -239,9 +239,10 @@ def _dispatch(
     """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
     channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
-        # Reading the rate here would make one graph per value: the operator reads it by handle.
-        if (channels > 1 and policy.override != 0.0) or policy.record is not None:
-            return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
+        # Reading the rate here would make one graph per value: the operator reads it.
+        if (channels > 1 and policy.can_drop) or policy.is_metered:
+            compiled = policy.controller.rate_tensor, policy.token
+            return sparse(operation, input, weight, bias, geometry, compiled=compiled)
     else:
         k = policy.kept(channels)
         if k < channels:
@@ -250,7 +251,7 @@ def _dispatch(
                 k=k, score_fn=policy.score_fn, record=policy.record,
             )  # fmt: skip
     out = operation.run(input, weight, bias, geometry)
-    if policy.record is not None and not (
+    if policy.is_metered and not (
         torch.compiler.is_compiling() or in_transform(input, weight, bias)
     ):
         policy.record.dense(input, weight, bias, out)
