@@ -17,7 +17,14 @@ from torch.autograd import forward_ad
 from . import opaque
 from .backward import Record, linear_backward, sparse_backward
 from .kept import ConvParams
-from .operations import Geometry, Operation, Size
+from .operations import (
+    CONVOLUTIONS,
+    LINEAR,
+    TRANSPOSED_CONVOLUTIONS,
+    Geometry,
+    Operation,
+    Size,
+)
 from .selection import ScoreFn
 
 # Small layers spend more time in these lines of Python than in their kernels.
@@ -193,15 +200,13 @@ def _resolve_padding(
     return input, tuple(n // 2 for n in total)
 
 
-_CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
-_CONV_TRANSPOSE = {
-    1: torch.conv_transpose1d,
-    2: torch.conv_transpose2d,
-    3: torch.conv_transpose3d,
-}
+_CONV = {o.dims: o.original for o in CONVOLUTIONS}
+_CONV_TRANSPOSE = {o.dims: o.original for o in TRANSPOSED_CONVOLUTIONS}
+_linear = LINEAR.original
 
 
 def _convolution(x: Tensor, w: Tensor, b: Tensor | None, p: ConvParams) -> Tensor:
+    # Torch's own, as what a tool may have put in its place was called before: see operations.py.
     # Not aten.convolution, which does all of them: profilers and counters know these by name.
     if p.transposed:
         forward = _CONV_TRANSPOSE[w.dim() - 2]
@@ -271,7 +276,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.config = k, score_fn
         ctx.record = record
-        y = F.linear(x, w, b)
+        y = _linear(x, w, b)
         if record is not None:
             record.forward(x, w, y)
         return y
@@ -299,8 +304,8 @@ def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
 class _OpaqueSparseConv(torch.autograd.Function):
     """For torch.compile: the backward is an opaque operator, told the rate by a tensor.
 
-    That and the token are put on ``ctx``, not saved: where torch (2.14) tells the two apart,
-    checkpointing of compiled code keeps those of the first forward, as it does in eager mode.
+    That and the token are saved, not put on ``ctx``, as compiled autograd of torch 2.14 loses
+    tensors that are. So checkpointing around compiled code makes them those of its second forward.
     """
 
     @staticmethod
@@ -318,18 +323,17 @@ class _OpaqueSparseConv(torch.autograd.Function):
         rate: Tensor,
         token: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x, w, rate, token)
         ctx.geometry = stride, padding, dilation, groups, transposed, output_padding
-        ctx.rate, ctx.token = rate, token
         params = ConvParams(stride, padding, dilation, groups, transposed, output_padding)
         return _convolution(x, w, b, params)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
+        x, w, rate, token = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         mask = [need_x, need_w, need_b]
-        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.geometry, ctx.rate, ctx.token, mask)
+        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.geometry, rate, token, mask)
         return (
             dx if need_x else None,
             dw if need_w else None,
@@ -345,16 +349,15 @@ class _OpaqueSparseLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, rate: Tensor, token: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.rate, ctx.token = rate, token
-        return F.linear(x, w, b)
+        ctx.save_for_backward(x, w, rate, token)
+        return _linear(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
+        x, w, rate, token = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         mask = [need_x, need_w, need_b]
-        dx, dw, db = opaque.linear_backward(dy, x, w, ctx.rate, ctx.token, mask)
+        dx, dw, db = opaque.linear_backward(dy, x, w, rate, token, mask)
         return (
             dx if need_x else None,
             dw if need_w else None,
