@@ -17,7 +17,14 @@ from torch.autograd import forward_ad
 from . import lazy_grad, opaque
 from .backward import Record, linear_backward, sparse_backward
 from .kept import ConvParams
-from .operations import Geometry, Operation, Size
+from .operations import (
+    CONVOLUTIONS,
+    LINEAR,
+    TRANSPOSED_CONVOLUTIONS,
+    Geometry,
+    Operation,
+    Size,
+)
 from .selection import ScoreFn
 
 # Small layers spend more time in these lines of Python than in their kernels.
@@ -68,16 +75,16 @@ def sparse(
     k: int = 0,
     score_fn: ScoreFn | None = None,
     record: Record | None = None,
-    handle: int | None = None,
+    compiled: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Run ``operation``; in the backward keep ``k`` channels, or what ``handle`` says by then.
+    """Run ``operation``; in the backward keep ``k`` channels, or what ``compiled`` says.
 
     Args:
         k: Channels to keep of each choice.
         score_fn: Scores the channels.
         record: Is told of this call.
-        handle: Instead of these three: a registered source of them, see
-            :mod:`ssprop_patch.opaque`. For torch.compile, which would make one graph per ``k``.
+        compiled: Instead of these three: rate and token, see :mod:`ssprop_patch.opaque`. For
+            torch.compile, which would make one graph per ``k``.
 
     Raises:
         TypeError: If the tensors are complex.
@@ -97,10 +104,10 @@ def sparse(
         input, weight = _cast(input, dtype, device_type), _cast(weight, dtype, device_type)
         bias = None if bias is None else _cast(bias, dtype, device_type)
     if operation.dims == 0:
-        if handle is None:
+        if compiled is None:
             return _SparseLinear.apply(input, weight, bias, k, score_fn, record)
-        return _OpaqueSparseLinear.apply(input, weight, bias, handle)
-    return _convolve(operation, input, weight, bias, geometry, k, score_fn, record, handle)
+        return _OpaqueSparseLinear.apply(input, weight, bias, *compiled)
+    return _convolve(operation, input, weight, bias, geometry, k, score_fn, record, compiled)
 
 
 # First, as ``device.type`` takes longer than all else that is asked of a tensor in a forward.
@@ -129,7 +136,7 @@ def _convolve(
     k: int,
     score_fn: ScoreFn | None,
     record: Record | None,
-    handle: int | None,
+    compiled: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     dims = operation.dims
     unbatched = input.dim() == dims + 1
@@ -146,10 +153,10 @@ def _convolve(
         params = _params_of(geometry, dims, operation.transposed)
         plain = type(input) is Tensor and not (_is_wrapped(input) or _is_wrapped(weight))
         apply = _apply_plain if plain else _apply
-    if handle is None:
+    if compiled is None:
         out = apply(input, weight, bias, params, k, score_fn, record)
     else:
-        out = _OpaqueSparseConv.apply(input, weight, bias, *params, handle)
+        out = _OpaqueSparseConv.apply(input, weight, bias, *params, *compiled)
     return out.squeeze(0) if unbatched else out
 
 
@@ -193,15 +200,13 @@ def _resolve_padding(
     return input, tuple(n // 2 for n in total)
 
 
-_CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
-_CONV_TRANSPOSE = {
-    1: torch.conv_transpose1d,
-    2: torch.conv_transpose2d,
-    3: torch.conv_transpose3d,
-}
+_CONV = {o.dims: o.original for o in CONVOLUTIONS}
+_CONV_TRANSPOSE = {o.dims: o.original for o in TRANSPOSED_CONVOLUTIONS}
+_linear = LINEAR.original
 
 
 def _convolution(x: Tensor, w: Tensor, b: Tensor | None, p: ConvParams) -> Tensor:
+    # Torch's own, as what a tool may have put in its place was called before: see operations.py.
     # Not aten.convolution, which does all of them: profilers and counters know these by name.
     if p.transposed:
         forward = _CONV_TRANSPOSE[w.dim() - 2]
@@ -278,7 +283,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.config = k, score_fn
         ctx.record = record
-        y = F.linear(x, w, b)
+        y = _linear(x, w, b)
         if record is not None:
             record.forward(x, w, y)
         return y
@@ -324,7 +329,11 @@ def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
 
 
 class _OpaqueSparseConv(torch.autograd.Function):
-    """For torch.compile: an opaque operator asks for the rate when the backward runs."""
+    """For torch.compile: the backward is an opaque operator, told the rate by a tensor.
+
+    That and the token are saved, not put on ``ctx``, as compiled autograd of torch 2.14 loses
+    tensors that are. So checkpointing around compiled code makes them those of its second forward.
+    """
 
     @staticmethod
     def forward(
@@ -338,24 +347,25 @@ class _OpaqueSparseConv(torch.autograd.Function):
         groups: int,
         transposed: bool,
         output_padding: tuple[int, ...],
-        handle: int,
+        rate: Tensor,
+        token: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.config = stride, padding, dilation, groups, transposed, output_padding, handle
+        ctx.save_for_backward(x, w, rate, token)
+        ctx.geometry = stride, padding, dilation, groups, transposed, output_padding
         params = ConvParams(stride, padding, dilation, groups, transposed, output_padding)
         return _convolution(x, w, b, params)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
+        x, w, rate, token = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         mask = [need_x, need_w, need_b]
-        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.config, mask)
+        dx, dw, db = opaque.conv_backward(dy, x, w, *ctx.geometry, rate, token, mask)
         return (
             dx if need_x else None,
             dw if need_w else None,
             db if need_b else None,
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -363,19 +373,21 @@ class _OpaqueSparseLinear(torch.autograd.Function):
     """As :class:`_OpaqueSparseConv`, of ``F.linear``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, handle: int) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.handle = handle
-        return F.linear(x, w, b)
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, rate: Tensor, token: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, w, rate, token)
+        return _linear(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
+        x, w, rate, token = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dx, dw, db = opaque.linear_backward(dy, x, w, ctx.handle, [need_x, need_w, need_b])
+        mask = [need_x, need_w, need_b]
+        dx, dw, db = opaque.linear_backward(dy, x, w, rate, token, mask)
         return (
             dx if need_x else None,
             dw if need_w else None,
             db if need_b else None,
-            None,
-        )
+            None, None,
+        )  # fmt: skip

@@ -18,7 +18,7 @@ from ._validate import check_count, check_drop_rate
 from .backward import Record
 from .iterations import IterationWatch
 from .schedules import Schedule, as_schedule
-from .selection import RandomScores, ScoreFn, kept_channels
+from .selection import RandomScores, ScoreFn
 
 
 class TemporaryRate:
@@ -100,8 +100,10 @@ class SparsityController:
     def _refresh(self) -> None:
         in_force = self._temporary[-1].rate if self._temporary else self._scheduled_rate
         # A bool of its own: torch.compile guards on what it reads, and on this twice at most.
-        # Both in one line: an interrupt does not come between.
-        self._drop_rate, self.sparse = in_force, in_force > 0.0
+        # All in one line, as an interrupt does not come between. The tensor is new each time, for
+        # what a compiled forward saved must not change: see opaque.py.
+        tensor = opaque.rate_tensor(in_force)
+        self._drop_rate, self.sparse, self.rate_tensor = in_force, in_force > 0.0, tensor
 
     def push_rate(self, temporary: TemporaryRate) -> None:
         """Put a temporary rate in force, until :meth:`pop_rate`."""
@@ -215,6 +217,7 @@ class SparsityController:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["watch"]  # a copy watches its own layers, which add themselves
+        del state["rate_tensor"]
         state["_temporary"] = []  # and is not inside the original's context managers
         return state
 
@@ -231,7 +234,7 @@ class SparsityController:
 
 
 class Policy:
-    """What one patched layer goes by; shared by the layers of a conversion that agree on it.
+    """What one patched layer goes by; its own, as torch.compile guards on what layers share.
 
     Args:
         controller: Holds the rate.
@@ -254,7 +257,14 @@ class Policy:
         self.override = override
         self.align = align
         self.record = record
-        self.handle = opaque.register(self)
+        self._derive()
+
+    def _derive(self) -> None:
+        # What compiled code reads: bools, and tensors whose values are not guarded on.
+        self.can_drop = self.override != 0.0
+        self.is_metered = self.record is not None
+        self.settings = opaque.Settings(self.score_fn, self.override, self.align, self.record)
+        self.token = opaque.token_of(self.settings)
 
     def metered(self, record: Record) -> Policy:
         """Return the same policy that also tells ``record``."""
@@ -263,24 +273,24 @@ class Policy:
     @property
     def active(self) -> bool:
         """Whether the layer's training passes are this package's own: sparse, or metered."""
-        return self.controller.sparse or self.record is not None
+        return self.controller.sparse or self.is_metered
 
     @property
     def drop_rate(self) -> float:
         """The drop rate of this layer now."""
-        rate = self.controller._drop_rate
-        return rate if self.override is None or rate == 0.0 else self.override
+        return self.settings.drop_rate(self.controller._drop_rate)
 
     def kept(self, channels: int) -> int:
         """Return how many of ``channels``, those of one choice, are kept now."""
-        return kept_channels(channels, self.drop_rate, self.align)
+        return self.settings.kept(channels, self.controller._drop_rate)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "handle"}
+        names = ("controller", "score_fn", "override", "align", "record")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.handle = opaque.register(self)
+        self._derive()
 
 
 # --- finding controllers ----------------------------------------------------------------------

@@ -119,11 +119,9 @@ def convert(
             raise ValueError(message + " (strict=False makes this a warning)")
         warnings.warn(message, stacklevel=2)
 
-    policies = {
-        rate: Policy(controller, score_fn, rate, align)
-        for rate in dict.fromkeys(row.drop_rate for row in todo.converted)
+    layers = {
+        row.module: Policy(controller, score_fn, row.drop_rate, align) for row in todo.converted
     }
-    layers = {row.module: policies[row.drop_rate] for row in todo.converted}
     roots = {model: controller} if layers else {}
     apply_conversion(Conversion(layers, roots), within=model)
     return model

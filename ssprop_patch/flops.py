@@ -85,21 +85,23 @@ def layer_flops(macs: int, outputs: int, channels: int, kept: int, needs: Needs)
 
 
 def _opaque_conv_flops(
-    dy: Any, x: Any, w: Any, stride: Any, padding: Any, dilation: Any, groups: int,
-    transposed: bool, output_padding: Any, handle: int, mask: Sequence[bool], **_: Any,
+    dy: Tensor, x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int,
+    transposed: bool, output_padding: Any, rate: Tensor, token: Tensor, mask: Sequence[bool],
+    **_: Any,
 ) -> int:  # fmt: skip
-    channels = dy[1]
+    channels = dy.shape[1]
     each = selectable_channels(channels, groups)
-    kept = opaque.source(handle).kept(each) * (channels // each)
+    kept = opaque.kept(each, rate, token) * (channels // each)
     at = x if transposed else dy  # where the kernel is applied
-    return 2 * (prod(at) // at[1] * prod(w) // channels * kept) * (mask[0] + mask[1])
+    macs = at.numel() // at.shape[1] * w.numel() // channels * kept
+    return 2 * macs * (mask[0] + mask[1])
 
 
 def _opaque_linear_flops(
-    dy: Any, x: Any, w: Any, handle: int, mask: Sequence[bool], **_: Any
+    dy: Tensor, x: Tensor, w: Tensor, rate: Tensor, token: Tensor, mask: Sequence[bool], **_: Any
 ) -> int:
-    kept = opaque.source(handle).kept(w[0])
-    return 2 * (prod(dy) // w[0] * kept * w[1]) * (mask[0] + mask[1])
+    kept = opaque.kept(w.shape[0], rate, token)
+    return 2 * (dy.numel() // w.shape[0] * kept * w.shape[1]) * (mask[0] + mask[1])
 
 
 for _operator, _formula in (
@@ -107,7 +109,7 @@ for _operator, _formula in (
     (opaque.linear_backward, _opaque_linear_flops),
 ):
     if _operator not in flop_registry:  # reloading this module would register it again
-        register_flop_formula(_operator)(_formula)
+        register_flop_formula(_operator, get_raw=True)(_formula)
 
 
 def summary(

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import operations
 from ._validate import check_drop_rate
 from .autograd import needs_backward, sparse
 from .operations import Operation, Size
-from .selection import Selection, kept_channels, resolve_selection
+from .selection import ScoreFn, Selection, kept_channels, resolve_selection
 
 __all__ = [
     "conv1d",
@@ -212,7 +213,23 @@ def _run(
 ) -> Tensor:
     rate = check_drop_rate(drop_rate)
     score_fn = resolve_selection(selection)
-    bias, geometry = operation.arguments(*args)
+    function = operation.function()
+    if function is operation.original:
+        return _run_original(operation, rate, score_fn, input, weight, *args)
+    with _CatchOriginal(operation, rate, score_fn):  # a tool's, see operations.py
+        return function(input, weight, *args)
+
+
+def _run_original(
+    operation: Operation,
+    rate: float,
+    score_fn: ScoreFn,
+    input: Tensor,
+    weight: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    bias, geometry = operation.arguments(*args, **kwargs)
     # A weight of another shape: torch's own function says what is wrong.
     fits = weight.dim() == operation.dims + 2 and geometry.groups >= 1
     if fits and needs_backward(input, weight, bias):
@@ -220,4 +237,20 @@ def _run(
         k = kept_channels(channels, rate)
         if k < channels:
             return sparse(operation, input, weight, bias, geometry, k=k, score_fn=score_fn)
-    return operation.dense(input, weight, *args)
+    return operation.original(input, weight, *args, **kwargs)
+
+
+class _CatchOriginal(TorchFunctionMode):
+    """Makes the function of torch's that a tool's replacement calls a sparse one."""
+
+    def __init__(self, operation: Operation, rate: float, score_fn: ScoreFn) -> None:
+        super().__init__()
+        self.operation, self.rate, self.score_fn = operation, rate, score_fn
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not self.operation.original:
+            return func(*args, **kwargs)
+        return _run_original(self.operation, self.rate, self.score_fn, *args, **kwargs)

@@ -237,8 +237,9 @@ def _readable_by_torchscript(method: Callable[..., Any], dense: Callable[..., An
 def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     operation, dense_forward = LAYERS[base_layer(cls)], cls._conv_forward
     # Closure variables, not globals: see _readable_by_torchscript.
-    dispatch, is_sparse, make, pad = _dispatch, _is_sparse, Geometry, F.pad
-    proxy, keep = torch.fx.Proxy, keep_in_graph
+    dispatch, is_sparse, make, functional = _dispatch, _is_sparse, Geometry, F
+    proxy, keep, run = torch.fx.Proxy, keep_in_graph, _run_own_forward
+    name, original, caught = operation.name, operation.original, _caught_in(cls)
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, proxy):
@@ -246,9 +247,12 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
         policy = getattr(self, "_ssprop_policy", None)
         if policy is None or not is_sparse(self, policy, input, weight, bias):
             return dense_forward(self, input, weight, bias)
+        if getattr(functional, name) is not original:  # a tool's, see operations.py
+            return run(self, dense_forward, caught, (input, weight, bias), {})
         padding = self.padding
         if self.padding_mode != "zeros":
-            input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            pads = self._reversed_padding_repeated_twice
+            input = functional.pad(input, pads, mode=self.padding_mode)
             padding = 0
         geometry = make(self.stride, padding, self.dilation, self.groups)
         return dispatch(operation, policy, input, weight, bias, geometry)
@@ -258,8 +262,9 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
 
 def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     operation, dense_forward, geometry = operations.LINEAR, cls.forward, Geometry()
-    dispatch, is_sparse = _dispatch, _is_sparse
-    proxy, keep = torch.fx.Proxy, keep_in_graph
+    dispatch, is_sparse, functional = _dispatch, _is_sparse, F
+    proxy, keep, run = torch.fx.Proxy, keep_in_graph, _run_own_forward
+    original, caught = operation.original, _caught_in(cls)
 
     def forward(self: Any, input: Tensor) -> Tensor:
         if isinstance(input, proxy):
@@ -268,6 +273,8 @@ def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
         weight, bias = self.weight, self.bias
         if policy is None or not is_sparse(self, policy, input, weight, bias):
             return dense_forward(self, input)
+        if functional.linear is not original:  # a tool's, see operations.py
+            return run(self, dense_forward, caught, (input,), {})
         return dispatch(operation, policy, input, weight, bias, geometry)
 
     return forward
@@ -300,9 +307,10 @@ def _dispatch(
     """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
     channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
-        # Reading the rate here would make one graph per value: the operator reads it by handle.
-        if (channels > 1 and policy.override != 0.0) or policy.record is not None:
-            return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
+        # Reading the rate here would make one graph per value: the operator reads it.
+        if (channels > 1 and policy.can_drop) or policy.is_metered:
+            compiled = policy.controller.rate_tensor, policy.token
+            return sparse(operation, input, weight, bias, geometry, compiled=compiled)
     else:
         k = policy.kept(channels)
         if k < channels:
@@ -311,7 +319,7 @@ def _dispatch(
                 k=k, score_fn=policy.score_fn, record=policy.record,
             )  # fmt: skip
     out = operation.run(input, weight, bias, geometry)
-    if policy.record is not None and not (
+    if policy.is_metered and not (
         torch.compiler.is_compiling() or in_transform(input, weight, bias)
     ):
         policy.record.dense(input, weight, bias, out)
@@ -348,7 +356,7 @@ def _run_own_forward(
     with _Catch(module, operations) as mode:
         out = dense_forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and not mode.caught:
-        names = "/".join(f"torch.nn.functional.{f.__name__}" for f in operations)
+        names = "/".join(f"torch.nn.functional.{o.name}" for o in operations.values())
         warnings.warn(
             f"{type(module).__name__}.forward called no {names}: its backward stays dense",
             stacklevel=3,
@@ -398,7 +406,7 @@ def _caught_in(cls: type[nn.Module]) -> dict[Any, Operation]:
         found = operations.TRANSPOSED_CONVOLUTIONS
     else:
         found = (operations.LINEAR,)
-    return {operation.dense: operation for operation in found}
+    return {operation.original: operation for operation in found}
 
 
 def _catch(
@@ -408,7 +416,7 @@ def _catch(
     if policy.active and needs_backward(input, weight, bias):
         bias, geometry = operation.arguments(*args, **kwargs)
         return _dispatch(operation, policy, input, weight, bias, geometry)
-    return operation.dense(input, weight, *args, **kwargs)
+    return operation.original(input, weight, *args, **kwargs)
 
 
 # --- torch.fx ---------------------------------------------------------------------------------

@@ -1,14 +1,19 @@
 """The sparse backward as one opaque operator, for torch.compile.
 
-A compiled graph holds an integer handle instead of the drop rate. The operator looks the handle
-up when it runs, so that a rate that changes needs neither a new graph nor a guard.
+What the operator goes by reaches it in two small tensors on the CPU: the drop rate, and a token
+that stands for the settings of a layer. To a compiled graph they are inputs, of which it guards no
+value, so that one graph serves every rate, layer, model and conversion; and they go from a forward
+to its backward with whatever else that needs, so that a backward computes what its forward
+recorded, however late it runs.
 """
 
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,45 +22,85 @@ from torch import Tensor
 from . import backward
 from .backward import Record
 from .kept import ConvParams, Grads
-from .selection import ScoreFn, selectable_channels
+from .selection import ScoreFn, kept_channels, selectable_channels
 
 
-class RateSource(Protocol):
-    """What a handle stands for."""
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What one layer goes by, but for the rate that changes.
 
-    def kept(self, channels: int) -> int: ...
-    @property
-    def score_fn(self) -> ScoreFn: ...
-    @property
-    def record(self) -> Record | None: ...
+    Attributes:
+        score_fn: Scores the channels.
+        override: The layer's own rate whenever the model's is above 0.
+        align: The number of kept channels is rounded up to a multiple of it.
+        record: Is told of each call.
+    """
+
+    score_fn: ScoreFn
+    override: float | None = None
+    align: int = 1
+    record: Record | None = None
+
+    def drop_rate(self, rate: float) -> float:
+        """Return the rate of the layer where that of the model is ``rate``."""
+        return rate if self.override is None or rate == 0.0 else self.override
+
+    def kept(self, channels: int, rate: float) -> int:
+        """Return how many of ``channels``, those of one choice, are kept."""
+        return kept_channels(channels, self.drop_rate(rate), self.align)
 
 
-# Where this module is reloaded, handles and operators of before stay good: graphs hold them.
+# Where this module is reloaded, tokens and operators of before stay good: graphs hold them.
 _before = dict(globals())
-_sources: WeakValueDictionary[int, RateSource] = _before.get("_sources", WeakValueDictionary())
+_settings: WeakValueDictionary[int, Settings] = _before.get("_settings", WeakValueDictionary())
 _count = _before.get("_count", itertools.count())
 
 
-def register(policy: RateSource) -> int:
-    """Return a handle to ``policy``; valid in this process, as long as ``policy`` lives."""
-    handle = next(_count)
-    _sources[handle] = policy
-    return handle
+def token_of(settings: Settings) -> Tensor:
+    """Return a new tensor that stands for ``settings`` in this process, and keeps them alive.
+
+    They live as long as the tensor does, in Python or in what autograd saved.
+    """
+    number = next(_count)
+    _settings[number] = settings
+    token = _tensor("q", number, torch.int64)
+    token.ssprop_settings = settings
+    return token
 
 
-def source(handle: int) -> RateSource:
-    """Return what ``handle`` stands for.
+def rate_tensor(rate: float) -> Tensor:
+    """Return a new tensor that holds ``rate``."""
+    if torch.compiler.is_compiling():  # ``with sparsity(...)`` in compiled code
+        return torch.tensor([rate], dtype=torch.float64, device="cpu")
+    return _tensor("d", rate, torch.float64)
+
+
+def _tensor(typecode: str, value: float, dtype: torch.dtype) -> Tensor:
+    # A real tensor, on the CPU, that autograd can save, wherever the rate changes: under
+    # inference_mode, a FakeTensorMode or a default device.
+    with torch.inference_mode(False):
+        return torch.frombuffer(array(typecode, [value]), dtype=dtype)
+
+
+def settings_of(token: Tensor) -> Settings:
+    """Return what ``token`` stands for.
 
     Raises:
-        RuntimeError: If it is gone: its layers were reverted, or converted again.
+        RuntimeError: If it is gone: all that is left of the token is a copy.
     """
-    found = _sources.get(handle)
+    found = _settings.get(int(token))
     if found is None:
         raise RuntimeError(
-            "a compiled backward ran after its layers were reverted or converted again; run "
-            "forward and backward under the same conversion"
+            "a compiled backward ran after its layers were reverted or converted again, and the "
+            "tensors that its forward saved were copied meanwhile (by saved_tensors_hooks, such as "
+            "save_on_cpu(pin_memory=True)): run it before"
         )
     return found
+
+
+def kept(channels: int, rate: Tensor, token: Tensor) -> int:
+    """Return how many of ``channels``, those of one choice, are kept."""
+    return settings_of(token).kept(channels, float(rate))
 
 
 def _new_library() -> torch.library.Library:
@@ -106,18 +151,19 @@ def _conv_backward(
     groups: int,
     transposed: bool,
     output_padding: list[int],
-    handle: int,
+    rate: Tensor,
+    token: Tensor,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    policy = source(handle)
+    settings = settings_of(token)
     params = ConvParams(
         tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
     )
     channels = selectable_channels(params.out_channels(w), groups)
-    k = policy.kept(channels)
-    _record_forward(policy.record, x, w, dy)
+    k = settings.kept(channels, float(rate))
+    _record_forward(settings.record, x, w, dy)
     grads = backward.sparse_backward(
-        dy, x, w, params, k, policy.score_fn, tuple(mask), policy.record
+        dy, x, w, params, k, settings.score_fn, tuple(mask), settings.record
     )
     return _promised(grads, x, w)
 
@@ -132,25 +178,28 @@ def _conv_backward_fake(
     groups: int,
     transposed: bool,
     output_padding: list[int],
-    handle: int,
+    rate: Tensor,
+    token: Tensor,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _shapes(x, w, dy.shape[1], mask)
 
 
 def _linear_backward(
-    dy: Tensor, x: Tensor, w: Tensor, handle: int, mask: list[bool]
+    dy: Tensor, x: Tensor, w: Tensor, rate: Tensor, token: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    policy = source(handle)
-    k = policy.kept(w.shape[0])
-    _record_forward(policy.record, x, w, dy)
-    grads = backward.linear_backward(dy, x, w, k, policy.score_fn, tuple(mask), policy.record)
+    settings = settings_of(token)
+    k = settings.kept(w.shape[0], float(rate))
+    _record_forward(settings.record, x, w, dy)
+    grads = backward.linear_backward(
+        dy, x, w, k, settings.score_fn, tuple(mask), settings.record
+    )
     dx = x if grads[0] is None else grads[0]  # contiguous, whatever the strides of x
     return _promised(grads, dx, w)
 
 
 def _linear_backward_fake(
-    dy: Tensor, x: Tensor, w: Tensor, handle: int, mask: list[bool]
+    dy: Tensor, x: Tensor, w: Tensor, rate: Tensor, token: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _shapes(x.new_empty(x.shape) if mask[0] else x, w, w.shape[0], mask)
 
@@ -185,13 +234,13 @@ def _restride(grad: Tensor, like: Tensor) -> Tensor:
 
 conv_backward = _define(
     "conv_backward(Tensor dy, Tensor x, Tensor w, int[] stride, int[] padding, int[] dilation, "
-    "int groups, bool transposed, int[] output_padding, int handle, bool[] mask) "
+    "int groups, bool transposed, int[] output_padding, Tensor rate, Tensor token, bool[] mask) "
     "-> (Tensor, Tensor, Tensor)",
     _conv_backward,
     _conv_backward_fake,
 )
 linear_backward = _define(
-    "linear_backward(Tensor dy, Tensor x, Tensor w, int handle, bool[] mask) "
+    "linear_backward(Tensor dy, Tensor x, Tensor w, Tensor rate, Tensor token, bool[] mask) "
     "-> (Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,

@@ -1,10 +1,16 @@
-"""The functions of ``torch.nn.functional`` that can have a sparse backward, and their arguments."""
+"""The functions of ``torch.nn.functional`` that can have a sparse backward, and their arguments.
+
+Tools replace them, to count or to change what is computed (DeepSpeed's profiler, emulators). Then
+the replacement is called where torch would call it, and the function of torch's that *it* calls is
+the one whose backward is sparse.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,13 +33,15 @@ class Operation(NamedTuple):
     """One function.
 
     Attributes:
-        dense: The function itself.
+        name: In ``torch.nn.functional``.
+        original: What torch has there.
         dims: Spatial dimensions; 0 for ``F.linear``.
         transposed: Whether the weight is (C_in, C_out / groups, *kernel).
         arguments: Takes what follows input and weight, returns bias and geometry.
     """
 
-    dense: Callable[..., Tensor]
+    name: str
+    original: Callable[..., Tensor]
     dims: int
     transposed: bool
     arguments: Callable[..., tuple[Tensor | None, Geometry]]
@@ -43,14 +51,18 @@ class Operation(NamedTuple):
         channels = weight.shape[1] * groups if self.transposed else weight.shape[0]
         return selectable_channels(channels, groups)
 
+    def function(self) -> Callable[..., Tensor]:
+        """Return what is in ``torch.nn.functional`` now: the original, or a tool's replacement."""
+        return getattr(F, self.name)
+
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-        """Call the function."""
+        """Call the original."""
         if self.dims == 0:
-            return self.dense(input, weight, bias)
+            return self.original(input, weight, bias)
         own = (g.dilation, g.groups)
         if self.transposed:
             own = (g.output_padding, g.groups, g.dilation)
-        return self.dense(input, weight, bias, g.stride, g.padding, *own)
+        return self.original(input, weight, bias, g.stride, g.padding, *own)
 
 
 # With the names, the order and the defaults of torch's functions.
@@ -81,13 +93,20 @@ def _of_linear(bias: Tensor | None = None) -> tuple[Tensor | None, Geometry]:
     return bias, Geometry()
 
 
-CONV1D = Operation(F.conv1d, 1, False, _of_conv)
-CONV2D = Operation(F.conv2d, 2, False, _of_conv)
-CONV3D = Operation(F.conv3d, 3, False, _of_conv)
-CONV_TRANSPOSE1D = Operation(F.conv_transpose1d, 1, True, _of_conv_transpose)
-CONV_TRANSPOSE2D = Operation(F.conv_transpose2d, 2, True, _of_conv_transpose)
-CONV_TRANSPOSE3D = Operation(F.conv_transpose3d, 3, True, _of_conv_transpose)
-LINEAR = Operation(F.linear, 0, False, _of_linear)
+# Not those of torch.nn.functional, in whose place a tool may have put its own before this import.
+CONV1D = Operation("conv1d", torch.conv1d, 1, False, _of_conv)
+CONV2D = Operation("conv2d", torch.conv2d, 2, False, _of_conv)
+CONV3D = Operation("conv3d", torch.conv3d, 3, False, _of_conv)
+CONV_TRANSPOSE1D = Operation(
+    "conv_transpose1d", torch.conv_transpose1d, 1, True, _of_conv_transpose
+)
+CONV_TRANSPOSE2D = Operation(
+    "conv_transpose2d", torch.conv_transpose2d, 2, True, _of_conv_transpose
+)
+CONV_TRANSPOSE3D = Operation(
+    "conv_transpose3d", torch.conv_transpose3d, 3, True, _of_conv_transpose
+)
+LINEAR = Operation("linear", torch._C._nn.linear, 0, False, _of_linear)
 
 CONVOLUTIONS = (CONV1D, CONV2D, CONV3D)
 TRANSPOSED_CONVOLUTIONS = (CONV_TRANSPOSE1D, CONV_TRANSPOSE2D, CONV_TRANSPOSE3D)
