@@ -233,6 +233,8 @@ class _SparseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
+        if w.dtype is not x.dtype:  # a hook put it back into the dtype that it is stored in
+            w = w.to(x.dtype)
         params, k, score_fn, record = ctx.config
         needed = ctx.needs_input_grad[:3]
         grads = _outside_of_autocast(
@@ -279,6 +281,8 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
+        if w.dtype is not x.dtype:
+            w = w.to(x.dtype)
         mask = tuple(ctx.needs_input_grad[:3])
         grads = _outside_of_autocast(linear_backward, dy, x, w, *ctx.config, mask, ctx.record)
         return *grads, None, None, None
