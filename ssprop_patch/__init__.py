@@ -6,6 +6,7 @@
 from . import kernels, presets
 from .controller import SparsityController, get_controller
 from .convert import convert, converted, is_converted, revert
+from .copies import reverted_copy
 from .flops import Summary, summary
 from .metering import Meter, MeterReport
 from .plan import Plan, plan
@@ -46,6 +47,7 @@ __all__ = [
     "plan",
     "presets",
     "revert",
+    "reverted_copy",
     "sparsity",
     "summary",
 ]

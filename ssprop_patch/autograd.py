@@ -238,6 +238,8 @@ class _SparseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
+        if w.dtype is not x.dtype:  # a hook put it back into the dtype that it is stored in
+            w = w.to(x.dtype)
         params, k, score_fn, record = ctx.config
         needed = _output_mask(ctx)
         if not torch.compiler.is_compiling():
@@ -291,6 +293,8 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
+        if w.dtype is not x.dtype:
+            w = w.to(x.dtype)
         needed = _output_mask(ctx)
         grads = _outside_of_autocast(linear_backward, dy, x, w, *ctx.config, needed, ctx.record)
         return *grads, None, None, None

@@ -19,7 +19,10 @@ from .modules import (
     is_patched_class,
     original_class,
     overrides_forward,
+    patched_class,
 )
+from .other_gradients import hooked_by
+from .weights import why_not
 
 Types = type[nn.Module] | Sequence[type[nn.Module]]
 
@@ -52,10 +55,26 @@ def judge(
         return "skip", "one output channel: nothing to choose from"
     if any(p.is_complex() for p in module.parameters()):
         return "skip", "complex weights"
+    # Not by getattr: a parametrization would compute it.
+    weight = module._parameters.get("weight")
+    unfit = None if weight is None or has_own_forward(cls) else why_not(weight)
+    if unfit is not None:
+        return "skip", unfit
+    if not isinstance(module, Patched) and (library := hooked_by(module)) is not None:
+        return "refuse", (
+            f"{library} computes gradients of its parameters by hooks, as if the backward were "
+            "dense: take those off first"
+        )
     if issubclass(cls, NonDynamicallyQuantizableLinear):
         return "skip", "nn.MultiheadAttention reads its weight and never calls it"
     if overrides_forward(cls) and "forward" in vars(module):
         return "skip", "its forward is wrapped on the instance: convert before it is wrapped"
+    try:
+        patched_class(cls)  # made once, and kept
+    except Exception as error:
+        return "refuse", (
+            f"its class {cls.__qualname__} cannot have a subclass: {type(error).__name__}: {error}"
+        )
     if not has_own_forward(cls):
         return "convert", "stock forward"
     caught = "F.linear" if base is nn.Linear else "F.conv"

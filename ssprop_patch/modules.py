@@ -11,6 +11,7 @@ import functools
 import inspect
 import types
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from . import operations
 from .autograd import in_transform, needs_backward, sparse
 from .controller import Policy
 from .operations import Geometry, Operation
+from .other_gradients import refuse_hook
+from .weights import is_plain
 
 #: The layers of torch that can be patched, and what each calls in its forward.
 LAYERS: dict[type[nn.Module], Operation] = {
@@ -93,6 +96,12 @@ class Patched(nn.Module):
     Not annotated, because TorchScript reads annotations.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A patched class is no new member of its family: what registers, checks or forbids
+        # subclasses has seen the original. Subclasses of a patched class are as ever.
+        if "_ssprop_original" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists in this process only: store the original and patch again on load.
         function, args, *rest = super().__reduce_ex__(protocol)
@@ -111,6 +120,14 @@ class PatchedLayer(Patched):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "sparse backward"]))
+
+    def register_forward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_hook(self, hook)
+        return super().register_forward_hook(hook, *args, **kwargs)
+
+    def register_full_backward_hook(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_hook(self, hook)
+        return super().register_full_backward_hook(hook, *args, **kwargs)
 
 
 def _rebuild(
@@ -202,7 +219,10 @@ def make_patched_class(
         "_ssprop_patch": staticmethod(patch),
         name: _readable_by_torchscript(method, getattr(cls, name)),
     }
-    return type(cls)(cls.__name__, (mixin, cls), namespace)
+    # Not by calling the metaclass, which may register or forbid what it makes: see
+    # Patched.__init_subclass__. ABCMeta's own part is needed by isinstance.
+    new = ABCMeta.__new__ if isinstance(cls, ABCMeta) else type.__new__
+    return new(type(cls), cls.__name__, (mixin, cls), namespace)
 
 
 def _ordinary_init(cls: type[nn.Module]) -> Callable[..., None]:
@@ -286,9 +306,24 @@ def _is_sparse(
     return (
         policy.active
         and module.training
+        # Before anything is read of the weight: some subclasses answer to calls of layers only.
+        and (type(weight) in _PLAIN or is_plain(type(weight)) or _stays_dense(module, weight))
         and needs_backward(input, weight, bias)
         and not (_is_tracing() or _is_exporting())
     )
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _stays_dense(module: nn.Module, weight: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{type(module).__name__}: its weight is a {type(weight).__name__}, a tensor subclass "
+            "with operations of its own, so that its backward stays dense",
+            stacklevel=4,
+        )
+    return False
 
 
 # Whether a tool records the network for use elsewhere: that gets the dense one.
@@ -358,7 +393,8 @@ def _run_own_forward(
     if not torch.compiler.is_compiling() and not mode.caught:
         names = "/".join(f"torch.nn.functional.{o.name}" for o in operations.values())
         warnings.warn(
-            f"{type(module).__name__}.forward called no {names}: its backward stays dense",
+            f"{type(module).__name__}.forward called no {names} with a plain weight under autograd: "
+            "its backward stays dense",
             stacklevel=3,
         )
     return out
@@ -388,6 +424,9 @@ class _Catch(TorchFunctionMode):
             return func(*args, **kwargs)
         weight = kwargs["weight"] if "weight" in kwargs else args[1]
         if any(weight is p for child in self.module.children() for p in child.parameters()):
+            return func(*args, **kwargs)
+        # Inside an autograd.Function, or of a weight that computes its product in its own way.
+        if not torch.is_grad_enabled() or not is_plain(type(weight)):
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():  # which does not model a mode's attributes
             self.caught = True

@@ -21,6 +21,7 @@ from .eligible import (
 from .modules import is_patched_layer, original_class
 from .patterns import check_patterns, matches
 from .planned import Plan, PlanNetwork, PlanRow
+from .readers import Readers
 from .selection import Selection, resolve_selection
 
 if TYPE_CHECKING:
@@ -118,10 +119,13 @@ def plan(
     }
     check_patterns((*exclude, *overrides), layers)
 
-    rows = []
+    rows, readers = [], Readers(model)
     for module, aliases in layers.items():
         action, reason = judge(module, types)
         rate = None
+        if action == "convert" and (read := readers.judge(module)) is not None:
+            never_called, who = read
+            action, reason = ("skip", who) if never_called else (action, f"{reason}; {who}")
         if action == "convert":
             excluded = next((p for p in exclude if matches(p, aliases)), None)
             if excluded is not None:
