@@ -19,7 +19,8 @@ from .schedules import (
     SequentialSchedule,
     StepSchedule,
 )
-from .temporary import dense, sparsity
+from .status import Status, status
+from .temporary import dense, paused, sparsity
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Schedule",
     "SequentialSchedule",
     "SparsityController",
+    "Status",
     "StepSchedule",
     "Summary",
     "convert",
@@ -43,9 +45,11 @@ __all__ = [
     "get_controller",
     "is_converted",
     "kernels",
+    "paused",
     "plan",
     "presets",
     "revert",
     "sparsity",
+    "status",
     "summary",
 ]

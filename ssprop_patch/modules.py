@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import operations
 from .autograd import in_transform, needs_backward, sparse
+from .calls import note_compiled
 from .controller import Policy
 from .operations import Geometry, Operation
 
@@ -190,7 +190,7 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         geometry = make(self.stride, padding, self.dilation, self.groups)
-        return dispatch(operation, policy, input, weight, bias, geometry)
+        return dispatch(operation, policy, input, weight, bias, geometry, self)
 
     return _conv_forward
 
@@ -207,7 +207,7 @@ def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
         weight, bias = self.weight, self.bias
         if policy is None or not is_sparse(self, policy, input, weight, bias):
             return dense_forward(self, input)
-        return dispatch(operation, policy, input, weight, bias, geometry)
+        return dispatch(operation, policy, input, weight, bias, geometry, self)
 
     return forward
 
@@ -215,12 +215,33 @@ def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
 def _is_sparse(
     module: nn.Module, policy: Policy, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> bool:
-    return (
+    if (
         policy.active
         and module.training
         and needs_backward(input, weight, bias)
         and not (_is_tracing() or _is_exporting())
+    ):
+        return True
+    _count_dense(module, input, weight, bias)
+    return False
+
+
+def _count_dense(module: nn.Module, *tensors: Any) -> None:
+    """Count a call in torch's own way.
+
+    Args:
+        module: The layer.
+        *tensors: What may need a gradient; without any, the layer's parameters.
+    """
+    if torch.compiler.is_compiling():
+        if not _is_exporting():
+            note_compiled()
+        return
+    needed = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors or module.parameters()
     )
+    recorded = _is_tracing() or _is_exporting()
+    module._ssprop_membership.calls.ran_dense(needed, module.training, recorded)
 
 
 # Whether a tool records the network for use elsewhere: that gets the dense one.
@@ -235,20 +256,24 @@ def _dispatch(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
+    module: nn.Module,
 ) -> Tensor:
     """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
     channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
+        note_compiled()
         # Reading the rate here would make one graph per value: the operator reads it by handle.
         if (channels > 1 and policy.override != 0.0) or policy.record is not None:
             return sparse(operation, input, weight, bias, geometry, handle=policy.handle)
     else:
         k = policy.kept(channels)
         if k < channels:
+            module._ssprop_membership.calls.ran_sparse()
             return sparse(
                 operation, input, weight, bias, geometry,
                 k=k, score_fn=policy.score_fn, record=policy.record,
             )  # fmt: skip
+        module._ssprop_membership.calls.kept_all(policy.drop_rate)
     out = operation.run(input, weight, bias, geometry)
     if policy.record is not None and not (
         torch.compiler.is_compiling() or in_transform(input, weight, bias)
@@ -283,15 +308,13 @@ def _run_own_forward(
     sparse = policy is not None and policy.active
     training = sparse and module.training and torch.is_grad_enabled()
     if not training or _is_tracing() or _is_exporting():
+        if policy is not None:
+            _count_dense(module)
         return dense_forward(module, *args, **kwargs)
     with _Catch(module, operations) as mode:
         out = dense_forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and not mode.caught:
-        names = "/".join(f"torch.nn.functional.{f.__name__}" for f in operations)
-        warnings.warn(
-            f"{type(module).__name__}.forward called no {names}: its backward stays dense",
-            stacklevel=3,
-        )
+        module._ssprop_membership.calls.caught_nothing(type(module), operations)
     return out
 
 
@@ -322,7 +345,7 @@ class _Catch(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():  # which does not model a mode's attributes
             self.caught = True
-        return _catch(operation, self.policy, *args, **kwargs)
+        return _catch(operation, self.policy, self.module, *args, **kwargs)
 
 
 def _caught_in(cls: type[nn.Module]) -> dict[Any, Operation]:
@@ -341,12 +364,19 @@ def _caught_in(cls: type[nn.Module]) -> dict[Any, Operation]:
 
 
 def _catch(
-    operation: Operation, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    operation: Operation,
+    policy: Policy,
+    module: nn.Module,
+    input: Tensor,
+    weight: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     bias = args[0] if args else kwargs.get("bias")
     if policy.active and needs_backward(input, weight, bias):
         bias, geometry = operation.arguments(*args, **kwargs)
-        return _dispatch(operation, policy, input, weight, bias, geometry)
+        return _dispatch(operation, policy, input, weight, bias, geometry, module)
+    _count_dense(module, input, weight, bias)
     return operation.dense(input, weight, *args, **kwargs)
 
 
