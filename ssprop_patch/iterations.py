@@ -16,7 +16,10 @@ from weakref import WeakMethod, WeakSet, ref
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 # Models are converted in one thread while others train in another: no set below is changed or
 # looked through without it. One for all, as it is held for microseconds.
@@ -30,6 +33,10 @@ class IterationWatch:
         on_iteration: A bound method; held weakly, as are all modules and optimizers.
         on_other_step: A bound method that is told of the optimizer steps of the process that are
             no watched model's, with the optimizer.
+
+    Attributes:
+        began: Whether a step that counts has at least begun: one with a closure trains before it
+            ends.
     """
 
     def __init__(
@@ -44,7 +51,8 @@ class IterationWatch:
         self._owned: WeakSet[Optimizer] = WeakSet()
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._pauses = 0
-        _install_hook()
+        self.began = False
+        _install_hooks()
         with _lock:
             _watches.add(self)
 
@@ -173,14 +181,23 @@ class Membership:
 
 
 _watches: WeakSet[IterationWatch] = WeakSet()
-_hook: Any = None
+_hooks: list[Any] = []
 
 
-def _install_hook() -> None:
-    global _hook
+def _install_hooks() -> None:
     with _lock:
-        if _hook is None:
-            _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_before_optimizer_step))
+            _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
+
+
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    with _lock:
+        watches = [w for w in _watches if not (w.began or w.paused)]
+    for watch in watches:
+        watch.began = watch.owns(optimizer)
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -148,6 +148,7 @@ class Watchdog:
             or "steps" in self.findings
             or controller.schedule.is_constant
             or controller.by_hand
+            or controller.watch.began
             or controller.watch.paused
         )
 
