@@ -20,7 +20,8 @@ from .schedules import (
     SequentialSchedule,
     StepSchedule,
 )
-from .temporary import dense, sparsity
+from .status import Status, status
+from .temporary import dense, paused, sparsity
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "Schedule",
     "SequentialSchedule",
     "SparsityController",
+    "Status",
     "StepSchedule",
     "Summary",
     "convert",
@@ -44,10 +46,12 @@ __all__ = [
     "get_controller",
     "is_converted",
     "kernels",
+    "paused",
     "plan",
     "presets",
     "revert",
     "reverted_copy",
     "sparsity",
+    "status",
     "summary",
 ]

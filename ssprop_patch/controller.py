@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from . import opaque, presets
 from ._validate import check_count, check_drop_rate
@@ -19,6 +20,7 @@ from .backward import Record
 from .iterations import IterationWatch
 from .schedules import Schedule, as_schedule
 from .selection import RandomScores, ScoreFn
+from .watchdog import Lineage, Watchdog
 
 
 class TemporaryRate:
@@ -62,7 +64,12 @@ class SparsityController:
         self.random_scores = RandomScores(seed)
         self._temporary: list[TemporaryRate] = []
         self._set_rate(self._schedule(0))
-        self.watch = IterationWatch(self._on_iteration)
+        self._lineage = Lineage()
+        self._begin_to_watch()
+
+    def _begin_to_watch(self) -> None:
+        self.watch = IterationWatch(self._on_iteration, self._on_other_step)
+        self.watchdog = Watchdog(self, self._lineage)
 
     # --- the rate -----------------------------------------------------------------------------
 
@@ -140,7 +147,29 @@ class SparsityController:
         self._t, self._steps = t, 0
         self._set_rate(rate)
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether somebody called :meth:`step`, so that optimizer steps are not counted."""
+        return self._by_hand
+
     def _on_iteration(self) -> None:
+        self._count_step()
+        self.watchdog.after_iteration()  # last: its warning may be an exception
+
+    def _on_other_step(self, optimizer: Optimizer) -> None:
+        self.watchdog.after_other_step(optimizer)
+
+    def pause(self) -> None:
+        """Count no optimizer step until :meth:`resume` was called as often."""
+        self.watch.pause()
+        self.watchdog.forget_weights()
+
+    def resume(self) -> None:
+        """End one :meth:`pause`."""
+        self.watchdog.forget_weights()
+        self.watch.resume()
+
+    def _count_step(self) -> None:
         if self._by_hand:
             return
         if self._schedule.interval == "step":
@@ -216,15 +245,15 @@ class SparsityController:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["watch"]  # a copy watches its own layers, which add themselves
-        del state["rate_tensor"]
+        # Of its own layers, which add themselves; and a tensor of its own.
+        del state["watch"], state["watchdog"], state["rate_tensor"]
         state["_temporary"] = []  # and is not inside the original's context managers
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._refresh()
-        self.watch = IterationWatch(self._on_iteration)
+        self._begin_to_watch()
 
     def __repr__(self) -> str:
         return (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import operations
 from .autograd import in_transform, needs_backward, sparse
+from .calls import note_compiled
 from .controller import Policy
 from .operations import Geometry, Operation
 from .other_gradients import refuse_hook
@@ -275,7 +275,7 @@ def _conv_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
             input = functional.pad(input, pads, mode=self.padding_mode)
             padding = 0
         geometry = make(self.stride, padding, self.dilation, self.groups)
-        return dispatch(operation, policy, input, weight, bias, geometry)
+        return dispatch(operation, policy, input, weight, bias, geometry, self)
 
     return _conv_forward
 
@@ -295,7 +295,7 @@ def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
             return dense_forward(self, input)
         if functional.linear is not original:  # a tool's, see operations.py
             return run(self, dense_forward, caught, (input,), {})
-        return dispatch(operation, policy, input, weight, bias, geometry)
+        return dispatch(operation, policy, input, weight, bias, geometry, self)
 
     return forward
 
@@ -303,27 +303,38 @@ def _linear_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
 def _is_sparse(
     module: nn.Module, policy: Policy, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> bool:
-    return (
-        policy.active
-        and module.training
+    if policy.active and module.training:
         # Before anything is read of the weight: some subclasses answer to calls of layers only.
-        and (type(weight) in _PLAIN or is_plain(type(weight)) or _stays_dense(module, weight))
-        and needs_backward(input, weight, bias)
-        and not (_is_tracing() or _is_exporting())
-    )
+        if not (type(weight) in _PLAIN or is_plain(type(weight))):
+            if not torch.compiler.is_compiling():
+                module._ssprop_membership.calls.had_foreign_weight(type(module), type(weight))
+            return False
+        if needs_backward(input, weight, bias) and not (_is_tracing() or _is_exporting()):
+            return True
+    _count_dense(module, input, weight, bias)
+    return False
 
 
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def _stays_dense(module: nn.Module, weight: Tensor) -> bool:
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            f"{type(module).__name__}: its weight is a {type(weight).__name__}, a tensor subclass "
-            "with operations of its own, so that its backward stays dense",
-            stacklevel=4,
-        )
-    return False
+def _count_dense(module: nn.Module, *tensors: Any) -> None:
+    """Count a call in torch's own way.
+
+    Args:
+        module: The layer.
+        *tensors: Input, weight and bias; without any, a forward of its own is yet to say.
+    """
+    if torch.compiler.is_compiling():
+        if not _is_exporting():
+            note_compiled()
+        return
+    if tensors and is_plain(type(tensors[1])):
+        needed = needs_backward(*tensors)
+    else:
+        needed = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    recorded = _is_tracing() or _is_exporting()
+    module._ssprop_membership.calls.ran_dense(needed, module.training, recorded)
 
 
 # Whether a tool records the network for use elsewhere: that gets the dense one.
@@ -338,10 +349,12 @@ def _dispatch(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
+    module: nn.Module,
 ) -> Tensor:
     """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
     channels = operation.selectable(weight, geometry.groups)
     if torch.compiler.is_compiling():
+        note_compiled()
         # Reading the rate here would make one graph per value: the operator reads it.
         if (channels > 1 and policy.can_drop) or policy.is_metered:
             compiled = policy.controller.rate_tensor, policy.token
@@ -349,10 +362,12 @@ def _dispatch(
     else:
         k = policy.kept(channels)
         if k < channels:
+            module._ssprop_membership.calls.ran_sparse()
             return sparse(
                 operation, input, weight, bias, geometry,
                 k=k, score_fn=policy.score_fn, record=policy.record,
             )  # fmt: skip
+        module._ssprop_membership.calls.kept_all(policy.drop_rate)
     out = operation.run(input, weight, bias, geometry)
     if policy.is_metered and not (
         torch.compiler.is_compiling() or in_transform(input, weight, bias)
@@ -387,15 +402,14 @@ def _run_own_forward(
     sparse = policy is not None and policy.active
     training = sparse and module.training and torch.is_grad_enabled()
     if not training or _is_tracing() or _is_exporting():
+        if policy is not None:
+            _count_dense(module)
         return dense_forward(module, *args, **kwargs)
     with _Catch(module, operations) as mode:
         out = dense_forward(module, *args, **kwargs)
     if not torch.compiler.is_compiling() and not mode.caught:
-        names = "/".join(f"torch.nn.functional.{o.name}" for o in operations.values())
-        warnings.warn(
-            f"{type(module).__name__}.forward called no {names} with a plain weight under autograd: "
-            "its backward stays dense",
-            stacklevel=3,
+        module._ssprop_membership.calls.caught_nothing(
+            type(module), [operation.name for operation in operations.values()]
         )
     return out
 
@@ -430,7 +444,7 @@ class _Catch(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():  # which does not model a mode's attributes
             self.caught = True
-        return _catch(operation, self.policy, *args, **kwargs)
+        return _catch(operation, self.policy, self.module, *args, **kwargs)
 
 
 def _caught_in(cls: type[nn.Module]) -> dict[Any, Operation]:
@@ -449,12 +463,19 @@ def _caught_in(cls: type[nn.Module]) -> dict[Any, Operation]:
 
 
 def _catch(
-    operation: Operation, policy: Policy, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    operation: Operation,
+    policy: Policy,
+    module: nn.Module,
+    input: Tensor,
+    weight: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     bias = args[0] if args else kwargs.get("bias")
     if policy.active and needs_backward(input, weight, bias):
         bias, geometry = operation.arguments(*args, **kwargs)
-        return _dispatch(operation, policy, input, weight, bias, geometry)
+        return _dispatch(operation, policy, input, weight, bias, geometry, module)
+    _count_dense(module, input, weight, bias)
     return operation.original(input, weight, *args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from .patterns import check_patterns, matches
 from .planned import Plan, PlanNetwork, PlanRow
 from .readers import Readers
 from .selection import Selection, resolve_selection
+from .watchdog import what_ran
 
 if TYPE_CHECKING:
     from .timing.calls import Inputs
@@ -137,7 +138,9 @@ def plan(
                 if pattern is not None:
                     rate = overrides[pattern]
                     reason += f", drop rate {rate:g} by {pattern!r}"
-        rows.append(PlanRow(aliases[0], module, original_class(type(module)), action, reason, rate))
+        cls = original_class(type(module))
+        ran, remark = what_ran(module)
+        rows.append(PlanRow(aliases[0], module, cls, action, reason + remark, rate, ran=ran))
     if not measure:
         return Plan(tuple(rows))
     from .timing import time_layers, time_networks  # which themselves begin with a plan

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from ._text import columns
+from .calls import Ran
 
 if TYPE_CHECKING:
     from .timing.layers import LayerTime
@@ -27,6 +28,7 @@ class PlanRow:
         reason: Why.
         drop_rate: The layer's own rate from ``overrides``, or None.
         times: What its calls took, one entry for each shape of input, where it was measured.
+        ran: How often it ran since it was converted, sparse and dense; None if it is not.
     """
 
     name: str
@@ -36,6 +38,7 @@ class PlanRow:
     reason: str
     drop_rate: float | None = None
     times: tuple[LayerTime, ...] = ()
+    ran: Ran | None = None
 
     @property
     def pays(self) -> bool:
@@ -140,6 +143,9 @@ class Plan:
         else:
             cells = [("name", "class", "action", "why")]
             cells += [(r.name or "(model)", r.cls.__name__, r.action, r.reason) for r in self.rows]
+            if any(row.ran for row in self.rows):
+                ran = ["" if r.ran is None else str(r.ran) if r.ran else "never" for r in self.rows]
+                cells = [(*c[:-1], r, c[-1]) for c, r in zip(cells, ["ran", *ran], strict=True)]
         lines = columns(cells)
         lines.append(
             f"{len(self.rows)} layers: {len(self.converted)} to convert, "

@@ -1,4 +1,4 @@
-"""Temporary drop rates: ``with sparsity(model, 0.5):`` and ``with dense(model):``."""
+"""For a while: another drop rate (``sparsity``, ``dense``), or a count that stands (``paused``)."""
 
 from __future__ import annotations
 
@@ -62,3 +62,37 @@ class sparsity(_DecoratorContextManager):  # lower case, as torch.no_grad
 def dense(model: nn.Module) -> sparsity:
     """Use the ordinary backward for a while: ``sparsity(model, 0)``."""
     return sparsity(model, 0.0)
+
+
+class paused(_DecoratorContextManager):  # lower case, as torch.no_grad
+    """Count no optimizer step for a while: a context manager, and a decorator.
+
+    For what trains and then puts everything back: a learning-rate range test, a warm-up before
+    profiling, a batch-size finder. t stays, and so does the drop rate; the
+    controller's ``step()`` and ``drop_rate`` still set them. Nests, and is undone on exceptions.
+
+    Args:
+        model: A converted model, or a part of one, or what wraps it: nothing counts for any of
+            its controllers. Needs to be converted on entry only.
+
+    Raises:
+        ValueError: On entry, if the model is not converted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._entered: list[list[SparsityController]] = []
+
+    def clone(self) -> paused:
+        """Return a fresh manager with the same argument, for each call of a decorated function."""
+        return paused(self.model)
+
+    def __enter__(self) -> None:
+        controllers = find_controllers(self.model) or [get_controller(self.model)]
+        for controller in controllers:
+            controller.pause()
+        self._entered.append(controllers)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for controller in self._entered.pop():
+            controller.resume()

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ._validate import check_count
+from .controller import find_controllers
 
 Shape = tuple[int, ...]
 Needs = tuple[bool, bool, bool]
@@ -154,7 +155,7 @@ def untouched(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
     """Put back, whatever happens, what running a model may change beside its buffers' values.
 
     That is every attribute of every module, the content of those that are plain containers
-    (hooks, caches, lists of features), training flags and the random states.
+    (hooks, caches, lists of features), training flags, the random states, and the counts of calls.
 
     Args:
         model: Any module.
@@ -172,6 +173,8 @@ def untouched(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
     python = getstate()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
+        for controller in find_controllers(model):
+            stack.enter_context(controller.watchdog.unseen())
         if eager and "torch._dynamo" in sys.modules:  # a compiled part would be compiled once more
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:

@@ -1,0 +1,162 @@
+"""What a converted layer really ran: how often sparse, how often dense, and why.
+
+Plain counters, as they are written to at every call. Compiled code runs no Python and is not
+counted; that there was any is known, see :func:`was_compiled`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .watchdog import Watchdog
+
+#: What was dense is counted under these, and printed as these.
+REASONS = {
+    "rate_zero": "rate 0",
+    "keeps_all": "keeps every channel",
+    "evaluated": "eval()",
+    "no_gradient": "no gradient needed",
+    "recorded": "traced or exported",
+    "uncaught": "no call to catch in its forward",
+    "foreign_weight": "weight is a tensor subclass",
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How often a layer ran; forwards, those that checkpointing repeats included.
+
+    Attributes:
+        sparse: Calls with a sparse backward.
+        dense: Calls with an ordinary backward or none, by the reason; without those of 0.
+    """
+
+    sparse: int = 0
+    dense: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Ran) -> Ran:
+        reasons = [r for r in REASONS.values() if r in self.dense or r in other.dense]
+        dense = {r: self.dense.get(r, 0) + other.dense.get(r, 0) for r in reasons}
+        return Ran(self.sparse + other.sparse, dense)
+
+    def __bool__(self) -> bool:
+        return bool(self.sparse or self.dense)
+
+    def __str__(self) -> str:
+        parts = [f"{self.sparse} sparse"] if self.sparse or not self.dense else []
+        if self.dense:
+            why = ", ".join(f"{reason}: {n}" for reason, n in self.dense.items())
+            parts.append(f"{sum(self.dense.values())} dense ({why})")
+        return ", ".join(parts)
+
+
+class Calls:
+    """Counts the calls of one layer.
+
+    Args:
+        watchdog: Looks at the model at some of the calls.
+
+    Attributes:
+        old_gradient: Whether the layer still has a gradient from before it was converted.
+    """
+
+    __slots__ = (
+        "__weakref__", "evaluated", "foreign_weight", "keeps_all", "no_gradient", "old_gradient",
+        "rate_zero", "recorded", "sparse", "uncaught", "watchdog",
+    )  # fmt: skip
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+        self.old_gradient = False
+        self.restore((0,) * (1 + len(REASONS)))
+
+    @property
+    def in_training(self) -> int:
+        """Calls in training mode that autograd goes back through."""
+        return self.sparse + self.rate_zero + self.keeps_all + self.uncaught
+
+    def ran_sparse(self) -> None:
+        self.sparse = n = self.sparse + 1
+        if n < 4 or not n & (n - 1):
+            self.watchdog.saw_training(self, n)
+
+    def ran_dense(self, needs_gradient: bool, training: bool, recorded: bool) -> None:
+        """Ran in torch's own way, at rate 0 unless something else was the reason."""
+        if not needs_gradient:
+            self.no_gradient += 1
+        elif not training:
+            self.evaluated += 1
+        elif recorded:
+            self.recorded += 1
+        else:
+            self.rate_zero = n = self.rate_zero + 1
+            if n < 4 or not n & (n - 1):
+                self.watchdog.saw_training(self, n)
+
+    def kept_all(self, drop_rate: float) -> None:
+        """Ran dense, as no channel is dropped at its ``drop_rate``."""
+        if drop_rate == 0.0:
+            self.ran_dense(True, True, False)
+        else:
+            self.keeps_all += 1
+
+    def caught_nothing(self, cls: type, functions: Iterable[str]) -> None:
+        """Ran dense, as a forward of its own called none of the functions of these names."""
+        self.uncaught += 1
+        if self.uncaught == 1:
+            names = "/".join(f"torch.nn.functional.{f}" for f in functions)
+            warnings.warn(
+                f"ssprop_patch: {cls.__name__}.forward called no {names} with a plain weight under "
+                "autograd: its backward stays dense",
+                stacklevel=2,
+            )
+
+    def had_foreign_weight(self, cls: type, weight: type) -> None:
+        """Ran dense, as its weight was a tensor subclass with operations of its own."""
+        self.foreign_weight += 1
+        if self.foreign_weight == 1:
+            warnings.warn(
+                f"ssprop_patch: {cls.__name__}: its weight is a {weight.__name__}, a tensor "
+                "subclass with operations of its own: its backward stays dense",
+                stacklevel=2,
+            )
+
+    def ran(self) -> Ran:
+        """Return the counts."""
+        counts = {text: getattr(self, name) for name, text in REASONS.items()}
+        return Ran(self.sparse, {text: n for text, n in counts.items() if n})
+
+    def values(self) -> tuple[int, ...]:
+        """Return what :meth:`restore` takes."""
+        return self.sparse, *(getattr(self, name) for name in REASONS)
+
+    def restore(self, values: tuple[int, ...]) -> None:
+        """Go back to earlier counts."""
+        for name, value in zip(("sparse", *REASONS), values, strict=True):
+            setattr(self, name, value)
+
+
+_compiled: list[bool] = []
+
+
+def note_compiled() -> bool:
+    """Take note that torch.compile traces a converted layer."""
+    _compiled[:] = [True]
+    return True
+
+
+# Dynamo calls such a function while it traces and leaves nothing of it in the graph: no guard, no
+# side effect. torch.compiler.assume_constant_result sets the same, but imports all of Dynamo.
+note_compiled._dynamo_marked_constant = True
+
+
+def was_compiled() -> bool:
+    """Whether torch.compile has traced a converted layer in this process.
+
+    Which layers run in compiled code cannot be said: many blocks may share one graph.
+    """
+    return bool(_compiled)
