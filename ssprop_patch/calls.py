@@ -77,7 +77,7 @@ class Calls:
     @property
     def in_training(self) -> int:
         """Calls in training mode that autograd goes back through."""
-        return self.sparse + self.rate_zero + self.keeps_all + self.uncaught
+        return self.sparse + self.rate_zero + self.keeps_all + self.uncaught + self.foreign_weight
 
     def ran_sparse(self) -> None:
         self.sparse = n = self.sparse + 1

@@ -60,7 +60,7 @@ def judge(
     unfit = None if weight is None or has_own_forward(cls) else why_not(weight)
     if unfit is not None:
         return "skip", unfit
-    if not isinstance(module, Patched) and (library := hooked_by(module)) is not None:
+    if not is_patched(module) and (library := hooked_by(module)) is not None:
         return "refuse", (
             f"{library} computes gradients of its parameters by hooks, as if the backward were "
             "dense: take those off first"
