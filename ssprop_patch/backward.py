@@ -71,6 +71,7 @@ def sparse_backward(
     if changed or k >= selectable_channels(channels, p.groups):
         return dense_backward(dy, x, w, p, mask)
     if p.transposed:  # of others it is seen when C functions are asked for
+        check_memory(x)
         check_memory(w)
     kept = Kept(dy, x, w, p, k, score_fn)
     ways = kernels.choose(kept, *mask[:2])
