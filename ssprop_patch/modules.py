@@ -329,10 +329,14 @@ def _count_dense(module: nn.Module, *tensors: Any) -> None:
         if not _is_exporting():
             note_compiled()
         return
-    if tensors and is_plain(type(tensors[1])):
+    if tensors and type(tensors[1]) in _PLAIN:
         needed = needs_backward(*tensors)
     else:
-        needed = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        # Of a subclass that knows layers' calls only nothing is asked, not even that.
+        found = (t for t in tensors or module.parameters() if t is not None)
+        needed = torch.is_grad_enabled() and any(
+            t.requires_grad for t in found if type(t) in _PLAIN or is_plain(type(t))
+        )
     recorded = _is_tracing() or _is_exporting()
     module._ssprop_membership.calls.ran_dense(needed, module.training, recorded)
 

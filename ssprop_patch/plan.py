@@ -123,7 +123,7 @@ def plan(
     rows, readers = [], Readers(model)
     for module, aliases in layers.items():
         action, reason = judge(module, types)
-        rate = None
+        rate, never_called = None, False
         if action == "convert" and (read := readers.judge(module)) is not None:
             never_called, who = read
             action, reason = ("skip", who) if never_called else (action, f"{reason}; {who}")
@@ -140,7 +140,12 @@ def plan(
                     reason += f", drop rate {rate:g} by {pattern!r}"
         cls = original_class(type(module))
         ran, remark = what_ran(module)
-        rows.append(PlanRow(aliases[0], module, cls, action, reason + remark, rate, ran=ran))
+        rows.append(
+            PlanRow(
+                aliases[0], module, cls, action, reason + remark, rate,
+                ran=ran, never_called=never_called,
+            )
+        )  # fmt: skip
     if not measure:
         return Plan(tuple(rows))
     from .timing import time_layers, time_networks  # which themselves begin with a plan

@@ -29,6 +29,7 @@ class PlanRow:
         drop_rate: The layer's own rate from ``overrides``, or None.
         times: What its calls took, one entry for each shape of input, where it was measured.
         ran: How often it ran since it was converted, sparse and dense; None if it is not.
+        never_called: Whether other code reads its weight and nothing calls it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PlanRow:
     drop_rate: float | None = None
     times: tuple[LayerTime, ...] = ()
     ran: Ran | None = None
+    never_called: bool = False
 
     @property
     def pays(self) -> bool:
