@@ -159,6 +159,12 @@ class SparsityController:
     def _on_other_step(self, optimizer: Optimizer) -> None:
         self.watchdog.after_other_step(optimizer)
 
+    def adopt(self, optimizer: Optimizer, steps: int) -> None:
+        """Count the steps of an optimizer from now on, and the ``steps`` that it has made."""
+        self.watch.adopt(optimizer)
+        for _ in range(steps):
+            self._on_iteration()
+
     def pause(self) -> None:
         """Count no optimizer step until :meth:`resume` was called as often."""
         self.watch.pause()

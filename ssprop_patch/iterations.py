@@ -49,6 +49,7 @@ class IterationWatch:
         self._layers: WeakSet[nn.Module] = WeakSet()
         self._roots: WeakSet[nn.Module] = WeakSet()
         self._owned: WeakSet[Optimizer] = WeakSet()
+        self._adopted: WeakSet[Optimizer] = WeakSet()
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._pauses = 0
         self.began = False
@@ -70,6 +71,11 @@ class IterationWatch:
             self._layers.discard(module)
             self._roots.discard(module)
             self._owned.clear()
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Take the steps of an optimizer for the model's own, whatever parameters it holds."""
+        with _lock:
+            self._adopted.add(optimizer)
 
     def __contains__(self, module: nn.Module) -> bool:
         with _lock:
@@ -126,7 +132,7 @@ class IterationWatch:
         with _lock:
             if not self._layers:
                 return False
-            if optimizer in self._owned:
+            if optimizer in self._owned or optimizer in self._adopted:
                 return True
             modules = [*self._layers, *self._roots]
         # Looked up at the step, not at conversion: FSDP2 and others replace the parameters.

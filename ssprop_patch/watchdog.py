@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .calls import Calls, Ran, was_compiled
+from .master_weights import MasterWeights
 from .probe import WeightProbe
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Watchdog:
         self._steps = 0  # of optimizers that hold the model's parameters
         self._other_steps: Counter[str] = Counter()  # of all others, by the optimizer's class
         self._probe: WeightProbe | None = None
+        self._masters = MasterWeights(controller.watch)
         self._scout: ref[Calls] | None = None  # the layer at whose calls it looks
         self._at_last_look: tuple[int, int] = (0, 0)  # calls in training, and in eval()
         self._muted = 0
@@ -126,6 +128,8 @@ class Watchdog:
         if self._steps or self.lineage.trained or self._muted or n >= _LAST_LOOK:
             return
         self._other_steps[type(optimizer).__name__] += 1
+        if self._expects_steps():
+            self._masters.stepped(optimizer)
         n += 1
         if not (n < 4 or not n & (n - 1)):
             return
@@ -160,7 +164,10 @@ class Watchdog:
         controller = self._controller()
         if self._probe is None:
             self._probe = WeightProbe(controller.watch)
-        if self._probe.changed() >= 2:
+        changes = self._probe.changed()
+        if changes and (found := self._masters.recognise()) is not None:
+            controller.adopt(*found)
+        elif changes >= 2:
             self._say_unseen(controller, "the weights of this model change")
 
     def _look_at_other_steps(self, controller: SparsityController, optimizer: Optimizer) -> None:

@@ -70,27 +70,30 @@ class Foreign:
             p.data.add_(p.grad, alpha=-1e-3)
 
 
-class Masters:
-    """A torch optimizer over float copies of the weights, as of Apex and DeepSpeed."""
+class Flat:
+    """A torch optimizer over one flat copy of the weights, as of DeepSpeed."""
 
     def __init__(self, model):
         self.parameters = list(model.parameters())
-        self.masters = [p.detach().float().requires_grad_() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters)
+        self.master = self.flat(p.detach() for p in self.parameters).requires_grad_()
+        self.optimizer = torch.optim.AdamW([self.master])
+
+    def flat(self, tensors):
+        return torch.cat([t.float().flatten() for t in tensors])
 
     @torch.no_grad()
     def step(self):
-        for p, q in zip(self.parameters, self.masters, strict=True):
-            q.grad = p.grad.float()
+        self.master.grad = self.flat(p.grad for p in self.parameters)
         self.optimizer.step()
-        for p, q in zip(self.parameters, self.masters, strict=True):
-            p.copy_(q)
+        parts = self.master.split([p.numel() for p in self.parameters])
+        for p, part in zip(self.parameters, parts, strict=True):
+            p.copy_(part.view_as(p))
 
 
 # --- no step is counted ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [Foreign, Masters])
+@pytest.mark.parametrize("optimizer", [Foreign, Flat])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_that_are_not_seen(optimizer, dtype):
     model = by_bar(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).to(dtype))
@@ -105,7 +108,7 @@ def test_steps_that_are_not_seen(optimizer, dtype):
     (text,) = said(run)
     for part in ("BarSchedule(0.8, period=2)", "t=0", ".step(epoch)", "torch.optim.Optimizer"):
         assert part in text
-    assert ("AdamW" in text) == (optimizer is Masters)
+    assert ("AdamW" in text) == (optimizer is Flat)
     assert said(run) == [] and ssp.get_controller(model).t == 0
 
 
@@ -194,7 +197,8 @@ class Reads(nn.Module):
         self.stem, self.read = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
 
     def forward(self, x):
-        return F.conv2d(self.stem(x), self.read.weight, self.read.bias)
+        read = dict(self.named_parameters())  # which nobody can tell from the code
+        return F.conv2d(self.stem(x), read["read.weight"], read["read.bias"])
 
 
 @pytest.mark.parametrize("rate", [0.5, ssp.BarSchedule(0.8, interval="step")])
