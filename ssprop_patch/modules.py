@@ -226,22 +226,29 @@ def _is_sparse(
     return False
 
 
-def _count_dense(module: nn.Module, *tensors: Any) -> None:
+def _count_dense(module: nn.Module, *tensors: Tensor | None) -> None:
     """Count a call in torch's own way.
 
     Args:
         module: The layer.
-        *tensors: What may need a gradient; without any, the layer's parameters.
+        *tensors: Input, weight and bias; without them, the layer's parameters are asked.
     """
     if torch.compiler.is_compiling():
         if not _is_exporting():
             note_compiled()
         return
-    needed = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in tensors or module.parameters()
-    )
-    recorded = _is_tracing() or _is_exporting()
-    module._ssprop_membership.calls.ran_dense(needed, module.training, recorded)
+    calls = module._ssprop_membership.calls
+    needed = needs_backward(*tensors) if tensors else (
+        torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    )  # fmt: skip
+    if not needed:
+        calls.no_gradient += 1
+    elif not module.training:
+        calls.was_evaluated()
+    elif module._ssprop_policy.active:
+        calls.recorded += 1
+    else:
+        calls.ran_at_rate_zero()
 
 
 # Whether a tool records the network for use elsewhere: that gets the dense one.
