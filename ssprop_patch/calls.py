@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
     from .watchdog import Watchdog
 
@@ -80,27 +82,27 @@ class Calls:
         return self.sparse + self.rate_zero + self.keeps_all + self.uncaught + self.foreign_weight
 
     def ran_sparse(self) -> None:
+        """Ran with a sparse backward."""
         self.sparse = n = self.sparse + 1
         if n < 4 or not n & (n - 1):
-            self.watchdog.saw_training(self, n)
+            self.watchdog.saw_gradient(self, n)
 
-    def ran_dense(self, needs_gradient: bool, training: bool, recorded: bool) -> None:
-        """Ran in torch's own way, at rate 0 unless something else was the reason."""
-        if not needs_gradient:
-            self.no_gradient += 1
-        elif not training:
-            self.evaluated += 1
-        elif recorded:
-            self.recorded += 1
-        else:
-            self.rate_zero = n = self.rate_zero + 1
-            if n < 4 or not n & (n - 1):
-                self.watchdog.saw_training(self, n)
+    def ran_at_rate_zero(self) -> None:
+        """Ran dense for no other reason than its drop rate."""
+        self.rate_zero = n = self.rate_zero + 1
+        if n < 4 or not n & (n - 1):
+            self.watchdog.saw_gradient(self, n)
+
+    def was_evaluated(self) -> None:
+        """Ran dense as it was in ``eval()``, and autograd goes back through it."""
+        self.evaluated = n = self.evaluated + 1
+        if n < 4 or not n & (n - 1):
+            self.watchdog.saw_gradient(self, n)
 
     def kept_all(self, drop_rate: float) -> None:
         """Ran dense, as no channel is dropped at its ``drop_rate``."""
         if drop_rate == 0.0:
-            self.ran_dense(True, True, False)
+            self.ran_at_rate_zero()
         else:
             self.keeps_all += 1
 
@@ -138,6 +140,16 @@ class Calls:
         """Go back to earlier counts."""
         for name, value in zip(("sparse", *REASONS), values, strict=True):
             setattr(self, name, value)
+
+
+def what_ran(module: nn.Module) -> tuple[Ran | None, str]:
+    """Return how often a layer ran, None if it is not converted, and a remark for its plan."""
+    membership = vars(module).get("_ssprop_membership")
+    if membership is None or module not in membership.controller.watch:
+        return None, ""  # a meter's own
+    calls = membership.calls
+    read = calls.watchdog.is_read_by_others(module, calls)
+    return calls.ran(), ", but never called: its weight is read by others, so dense" * read
 
 
 _compiled: list[bool] = []

@@ -318,12 +318,12 @@ def _is_sparse(
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def _count_dense(module: nn.Module, *tensors: Any) -> None:
+def _count_dense(module: nn.Module, *tensors: Tensor | None) -> None:
     """Count a call in torch's own way.
 
     Args:
         module: The layer.
-        *tensors: Input, weight and bias; without any, a forward of its own is yet to say.
+        *tensors: Input, weight and bias; without them, the layer's parameters are asked.
     """
     if torch.compiler.is_compiling():
         if not _is_exporting():
@@ -337,8 +337,15 @@ def _count_dense(module: nn.Module, *tensors: Any) -> None:
         needed = torch.is_grad_enabled() and any(
             t.requires_grad for t in found if type(t) in _PLAIN or is_plain(type(t))
         )
-    recorded = _is_tracing() or _is_exporting()
-    module._ssprop_membership.calls.ran_dense(needed, module.training, recorded)
+    calls = module._ssprop_membership.calls
+    if not needed:
+        calls.no_gradient += 1
+    elif not module.training:
+        calls.was_evaluated()
+    elif module._ssprop_policy.active:
+        calls.recorded += 1
+    else:
+        calls.ran_at_rate_zero()
 
 
 # Whether a tool records the network for use elsewhere: that gets the dense one.

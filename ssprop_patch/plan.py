@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._validate import check_drop_rate
+from .calls import what_ran
 from .eligible import (
     DEFAULT_TYPES,
     Types,
@@ -23,7 +24,6 @@ from .patterns import check_patterns, matches
 from .planned import Plan, PlanNetwork, PlanRow
 from .readers import Readers
 from .selection import Selection, resolve_selection
-from .watchdog import what_ran
 
 if TYPE_CHECKING:
     from .timing.calls import Inputs

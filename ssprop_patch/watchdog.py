@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 from torch.optim import Optimizer
 
-from .calls import Calls, Ran, was_compiled
+from .calls import Calls, was_compiled
 from .master_weights import MasterWeights
 from .probe import WeightProbe
 
@@ -101,8 +101,8 @@ class Watchdog:
 
     # --- the moments it looks at ------------------------------------------------------------------
 
-    def saw_training(self, calls: Calls, n: int) -> None:
-        """A layer had its ``n``-th training pass of a kind, with ``n`` 1, 2, 3, 4, 8, 16, ..."""
+    def saw_gradient(self, calls: Calls, n: int) -> None:
+        """A layer had its ``n``-th call of a kind that needs a gradient, 1, 2, 3, 4, 8, 16, ..."""
         if n > _LAST_LOOK or not self._expects_steps():
             return
         if self._scout is None:
@@ -264,16 +264,6 @@ class Watchdog:
         if cause not in self.findings:  # before: a warning may be an exception
             self.findings[cause] = text
             warnings.warn(f"ssprop_patch: {text}", UserWarning, stacklevel=2)
-
-
-def what_ran(module: nn.Module) -> tuple[Ran | None, str]:
-    """Return how often a layer ran, None if it is not converted, and a remark for its plan."""
-    membership = vars(module).get("_ssprop_membership")
-    if membership is None or module not in membership.controller.watch:
-        return None, ""  # a meter's own
-    calls = membership.calls
-    read = calls.watchdog.is_read_by_others(module, calls)
-    return calls.ran(), ", but never called: its weight is read by others, so dense" * read
 
 
 def _means_sparse(controller: SparsityController) -> bool:

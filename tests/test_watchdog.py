@@ -112,6 +112,12 @@ def test_steps_that_are_not_seen(optimizer, dtype):
     assert said(run) == [] and ssp.get_controller(model).t == 0
 
 
+def test_steps_that_are_not_seen_in_eval_mode():
+    model = by_bar().eval()
+    (text,) = said(train, model, 9, Foreign(model))
+    assert "the weights of this model change" in text
+
+
 def test_it_says_how_to_tell_steps_where_the_schedule_counts_those():
     model = ssp.convert(make(), ssp.BarSchedule(0.8, interval="step"))
     (text,) = said(train, model, 4, Foreign(model))
@@ -385,7 +391,7 @@ def test_an_error_instead_of_a_warning_leaves_a_consistent_state():
 def test_it_keeps_nothing_alive():
     model = by_bar()
     own = Foreign(model)
-    train(model, 3, own)
+    assert len(said(train, model, 3, own)) == 1
     controller = ssp.get_controller(model)
     gone = [weakref.ref(o) for o in (model, model[0], model[0].weight, model[0]._ssprop_membership)]
     del model, own
