@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook as after_each_step
-from torch.optim.optimizer import register_optimizer_step_pre_hook as before_each_step
 from torch.utils import _pytree as pytree
 
 from .._validate import check_count
 from ..iterations import IterationWatch
+from . import optimizer_steps
 from .attachment import Attachment, Hook
 from .channels import ChannelHistory
 from .clock import Stopwatch
@@ -105,9 +104,8 @@ class Meter:
         self._hooks = [
             model.register_forward_pre_hook(Hook(self._forward_begins)),
             model.register_forward_hook(Hook(self._forward_ends)),
-            before_each_step(self._optimizer_begins),
-            after_each_step(self._optimizer_ends),
         ]
+        optimizer_steps.tell(self)
 
     # --- what happens while the model trains ------------------------------------------------------
 
@@ -147,7 +145,8 @@ class Meter:
             self._paused = False
             self._stopwatch.start("optimizer")
 
-    def _optimizer_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def optimizer_begins(self, optimizer: Optimizer) -> None:
+        """Take note that a step of an optimizer begins, the model's own or another's."""
         if self._watch.owns(optimizer):
             self._paused = False
             if not self._stopwatch.is_running("optimizer"):  # its step may call that of its base
@@ -161,7 +160,8 @@ class Meter:
             self._stopwatch.stop("optimizer")
             self._paused = True
 
-    def _optimizer_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def optimizer_ends(self) -> None:
+        """Take note that the step of an optimizer is over."""
         self._stopwatch.stop("optimizer")  # of another model's: nothing runs
 
     def _on_iteration(self) -> None:
@@ -288,6 +288,7 @@ class Meter:
         report = self.report()
         for hook in self._hooks:
             hook.remove()
+        optimizer_steps.tell_no_more(self)
         for module in (*self._layers.layers, self._model):
             self._watch.discard(module)
         self._layers.take_off()
