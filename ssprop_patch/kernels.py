@@ -30,10 +30,10 @@ from torch import Tensor
 from ._device import device_name, waiter
 from ._files import write_atomically
 from ._text import columns
-from .kept import Kept
+from .kept import ConvParams, Kept
 from .passes import is_channels_last
 from .rules import by_rule, when_traced
-from .ways import CHOOSING, DW, DX, Ways, possible
+from .ways import CHOOSING, DW, DX, Ways, is_legal, possible
 
 #: Whether ways are timed at the first use of a shape. Off, as in cuDNN: choices that differ from
 #: run to run round differently, and inputs whose shapes never repeat would be timed all the time.
@@ -255,4 +255,8 @@ def _from_json(entry: dict[str, Any]) -> Choice:
     choice = Choice(**{name: as_tuple(value) for name, value in entry.items()})
     if choice.dx not in DX or choice.dw not in DW:
         raise ValueError(f"there is no way {choice.dx!r}, {choice.dw!r}")
+    layer = choice.input_shape, choice.weight_shape, ConvParams(*choice.geometry)
+    for way in (choice.dx, choice.dw):
+        if not is_legal(way, *layer, choice.channels_last):
+            raise ValueError(f"{way!r} is no way to compute the gradients of {choice}")
     return choice

@@ -308,6 +308,19 @@ def possible(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str]]
     return dx, dw
 
 
+def is_legal(name: str, x: Sequence[int], w: Sequence[int], p: ConvParams, last: bool) -> bool:
+    """Whether a way can be that of a convolution of these shapes: one that was loaded, say.
+
+    The C functions look for themselves whether they can.
+    """
+    base = name.removesuffix("_nhwc")
+    if base != name and not has_nhwc(x, last):
+        return False
+    if base == "matmul":
+        return is_pointwise(w, p) and p.groups == 1
+    return base != "forward" or has_forward(w, p)
+
+
 def is_pointwise(w: Sequence[int], p: ConvParams) -> bool:
     """Whether a convolution with a weight of shape ``w`` reads one position for each output."""
     return all(n == 1 for n in w[2:]) and not any(p.padding)

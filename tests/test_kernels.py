@@ -249,6 +249,24 @@ def test_a_way_that_does_not_exist_is_refused(measuring, tmp_path):
     assert kernels.choices() == []
 
 
+@pytest.mark.parametrize(
+    "kernel, stride, way", [(3, 1, "matmul"), (1, 2, "forward"), (3, 2, "forward_nhwc")]
+)
+def test_a_way_of_other_layers_is_refused(kernel, stride, way, measuring, tmp_path):
+    run()
+    path = tmp_path / "kernels.json"
+    kernels.save(path)
+    content = json.loads(path.read_text())
+    content[0]["dx"] = way
+    content[0]["weight_shape"][2:] = [kernel, kernel]
+    content[0]["geometry"][0] = [stride, stride]
+    path.write_text(json.dumps(content))
+    kernels.clear()
+    with pytest.raises(ValueError, match=f"'{way}' is no way to compute"):
+        kernels.load(path)
+    assert kernels.choices() == []
+
+
 def test_a_whole_network_and_its_table(measuring):
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -89,7 +89,7 @@ def expect(dy, x, w, p, k, order):
 
 
 def _where_it_may_spread(bad, x, w, p):
-    """Kernels multiply zeros of padding, too, which makes a nan: in a row of dW, in a group's dX."""
+    """Kernels multiply zeros of padding, too, which makes a nan in a row of dW or a group's dX."""
     channels = bad.flatten(2).sum(2) > 0  # (N, C_out)
     groups = channels.view(channels.shape[0], p.groups, -1).any(2)
     dx = groups.repeat_interleave(x.shape[1] // p.groups, 1)
