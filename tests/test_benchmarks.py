@@ -511,6 +511,21 @@ def test_rows_come_back_from_the_file_and_more_are_appended(tmp_path):
     assert lines[0].split(",") == list(schema.FIELDS) and len(lines) == 1 + len(first + second)
 
 
+def test_an_unfinished_row_is_not_read_and_cut_off_by_the_next(tmp_path):
+    file, rows = tmp_path / "times.csv", compared()
+    schema.append(file, rows)
+    whole = file.read_bytes()
+    header = whole.index(b"\n") + 1
+    for end in (1, header - 1, header, header + 5, len(whole) - 9, len(whole)):
+        file.write_bytes(whole[:end])
+        kept = rows[: max(0, whole[:end].count(b"\n") - 1)]
+        if end >= header:
+            assert schema.read(file) == kept
+        assert schema.check_header(file) is (end < header)
+        schema.append(file, rows)
+        assert schema.read(file) == kept + rows
+
+
 def test_file_with_other_columns_is_refused_and_left_alone(tmp_path):
     file = tmp_path / "times.csv"
     header = [name for name in schema.FIELDS if name != "limit_ms"] + ["limit"]

@@ -107,13 +107,18 @@ def convert_plain():
     return model, lambda: ssp.convert(model, steps(0.5))
 
 
+HELD = []  # else a controller that is given up dies, and its watch with it
+
+
 def convert_again():
     model = ssp.convert(make(), steps(0.25))
+    HELD[:] = [ssp.get_controller(model)]
     return model, lambda: ssp.convert(model, steps(0.5))
 
 
 def revert():
     model = ssp.convert(make(), steps(0.5))
+    HELD[:] = [ssp.get_controller(model)]
     return model, lambda: ssp.revert(model)
 
 
