@@ -82,6 +82,24 @@ def _tensor(typecode: str, value: float, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(array(typecode, [value]), dtype=dtype)
 
 
+def _never_alone(function: Callable[..., Any]) -> None:
+    """Keep Dynamo from compiling a call of ``function`` that is not part of a larger graph.
+
+    So a compiled optimizer step would call it, by its hook, and make one graph for each rate.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "skip_code"):  # torch 2.6
+        frames.skip_code(function.__code__)
+    elif hasattr(frames, "set_code_exec_strategy"):
+        action = frames._FrameAction
+        strategy = frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+
+
+_never_alone(rate_tensor)
+_never_alone(_tensor)
+
+
 def settings_of(token: Tensor) -> Settings:
     """Return what ``token`` stands for.
 

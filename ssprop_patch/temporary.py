@@ -13,8 +13,9 @@ class sparsity(_DecoratorContextManager):  # lower case, as torch.no_grad
     """Use another drop rate for a while: a context manager, and a decorator.
 
     Nests (the innermost rate counts), is undone on exceptions, and leaves the schedule alone: t
-    may advance meanwhile. In eager mode the rate is fixed when a layer's forward runs; in compiled
-    code when its backward runs, so keep the backward inside.
+    may advance meanwhile. The rate of a backward is that of its forward, so it may run outside, in
+    compiled code too. Checkpointing that runs the forward again inside of the backward takes the
+    rate then in force: always with reentrance, without it around compiled code only.
 
     Args:
         model: A converted model, or a part of one: the rate holds for all layers that share its

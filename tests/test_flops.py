@@ -153,16 +153,9 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_torchs_counter_knows_the_opaque_operator():
-    class Source:
-        score_fn = staticmethod(l1_scores)
-        record = None
-
-        def kept(self, channels):
-            return channels // 4
-
-    source = Source()
+    tensors = opaque.rate_tensor(0.75), opaque.token_of(opaque.Settings(l1_scores))
     dy, x, w = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
-    geometry = ([1, 1], [1, 1], [1, 1], 1, False, [0, 0], opaque.register(source))
+    geometry = ([1, 1], [1, 1], [1, 1], 1, False, [0, 0], *tensors)
     for mask in ([True, True, True], [False, True, False]):
         with FlopCounterMode(display=False) as counter:
             opaque.conv_backward(dy, x, w, *geometry, mask)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import ssprop_patch as ssp
+from ssprop_patch import opaque
 
 
 def tenths(t):
@@ -223,14 +224,16 @@ def test_a_copy_of_a_converted_root(copied):
         assert int(twin.weight.grad.flatten(1).ne(0).any(1).sum()) == 4
 
 
-def test_handles_are_fresh(copied):
-    """Compiled code knows a layer's rate by its handle."""
+def test_tokens_are_fresh(copied):
+    """Compiled code knows a layer's settings by its token."""
     model = ssp.convert(make(), 0.5)
     twin = copied(model)
-    handles = [m._ssprop_policy.handle for n in NAMES for m in [model.get_submodule(n)]]
-    own = [m._ssprop_policy.handle for n in NAMES for m in [twin.get_submodule(n)]]
-    assert not set(handles) & set(own)
-    assert len(set(handles)) == len(set(own)) == 1
+    policies = [
+        m.get_submodule(n)._ssprop_policy for m in (model, twin) for n in NAMES
+    ]
+    assert len({int(policy.token) for policy in policies}) == 2 * len(NAMES)
+    for policy in policies:
+        assert opaque.settings_of(policy.token) is policy.settings
 
 
 def test_a_compiled_copy_follows_its_own_controller(copied):
