@@ -914,21 +914,15 @@ class Stubborn(nn.Conv2d):
         super().__setattr__(name, value)
 
 
-class Final(nn.Conv2d):
-    def __init_subclass__(cls):
-        raise TypeError("no subclasses")
-
-
-@pytest.mark.parametrize("cls", [Stubborn, Final])
 @pytest.mark.parametrize("already", [False, True], ids=["fresh", "converted before"])
-def test_a_class_that_cannot_be_replaced_leaves_every_layer_as_it_was(cls, already):
+def test_a_class_that_cannot_be_replaced_leaves_every_layer_as_it_was(already):
     model = make()
-    model.layer1.conv2 = cls(8, 8, 1)
+    model.layer1.conv2 = Stubborn(8, 8, 1)
     if already:
         ssp.convert(model, 0.5, exclude=["layer1.conv2", "stem"])
         old = ssp.get_controller(model)
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"__class__ is mine|no subclasses"):
+    with pytest.raises(TypeError, match="__class__ is mine"):
         ssp.convert(model, 0.75, exclude="layer2")
     assert snapshot(model) == before
     if already:

@@ -170,13 +170,13 @@ def test_torchao_int8_weights():
 def test_torchao_quantization_aware_training():
     """Its fake-quantized layers write their own forward: convert after prepare."""
     quantization = pytest.importorskip("torchao.quantization", reason="pip install torchao")
-    from torchao.quantization.qat import QATConfig
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     def make():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 32), nn.Linear(32, 4))
-        base = quantization.Int8DynamicActivationInt4WeightConfig(group_size=32)
-        quantization.quantize_(model, QATConfig(base, step="prepare"))
+        weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+        quantization.quantize_(model, QATConfig(weight_config=weights, step="prepare"))
         return model
 
     def gradients(model):
@@ -204,7 +204,7 @@ def test_torch_pruning():
             pruning_ratio=0.5, ignored_layers=[model[-1]],
         )  # fmt: skip
         pruner.step()
-        return model
+        return model.train()  # which the library leaves in eval()
 
     expected = pruned(net())
     model = pruned(ssp.convert(net(), RATE))

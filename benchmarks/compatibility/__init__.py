@@ -1,0 +1,1 @@
+"""Trainings by libraries that take long to install: a converted network against a masked one."""
