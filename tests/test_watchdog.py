@@ -331,6 +331,22 @@ def test_other_models_are_trained_beside_it():
     assert said(train, waiting, 20) == []
 
 
+def test_a_teacher_of_the_same_shape_is_used():
+    teacher, student = by_bar().eval(), make()
+    optimizer = sgd(student)
+
+    def run():
+        for _ in range(9):
+            optimizer.zero_grad()
+            x = image()
+            with torch.no_grad():
+                target = teacher(x)
+            (student(x) - target).square().sum().backward()
+            optimizer.step()
+
+    assert said(run) == []
+
+
 def test_copies_of_what_is_trained_are_silent():
     model = by_bar()
     average = copy.deepcopy(model)
