@@ -313,6 +313,20 @@ def test_a_frozen_network_in_eval_mode_behind_one_that_is_trained():
     assert said(train, both, 20, sgd(both[0])) == []
 
 
+def test_a_prompt_is_learnt_for_a_frozen_network():
+    class Prompt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = nn.Parameter(torch.zeros(3, 6, 6))
+
+        def forward(self, x):
+            return x + self.value
+
+    model = by_bar(nn.Sequential(Prompt(), make().requires_grad_(False)))
+    model[1].eval()
+    assert said(train, model, 9, torch.optim.SGD(model[0].parameters(), 0.1)) == []
+
+
 # --- another model is trained --------------------------------------------------------------------
 
 
