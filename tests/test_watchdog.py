@@ -317,6 +317,20 @@ def test_a_frozen_network_in_eval_mode_behind_one_that_is_trained():
     assert said(train, both, 20, sgd(both[0])) == []
 
 
+def test_a_prompt_is_learnt_for_a_frozen_network():
+    class Prompt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = nn.Parameter(torch.zeros(3, 6, 6))
+
+        def forward(self, x):
+            return x + self.value
+
+    model = by_bar(nn.Sequential(Prompt(), make().requires_grad_(False)))
+    model[1].eval()
+    assert said(train, model, 9, torch.optim.SGD(model[0].parameters(), 0.1)) == []
+
+
 # --- another model is trained --------------------------------------------------------------------
 
 
@@ -333,6 +347,22 @@ def test_other_models_are_trained_beside_it():
     assert said(train, by_bar(), 20) == []
     assert said(train, nn.Sequential(nn.Conv2d(3, 4, 3)), 20) == []
     assert said(train, waiting, 20) == []
+
+
+def test_a_teacher_of_the_same_shape_is_used():
+    teacher, student = by_bar().eval(), make()
+    optimizer = sgd(student)
+
+    def run():
+        for _ in range(9):
+            optimizer.zero_grad()
+            x = image()
+            with torch.no_grad():
+                target = teacher(x)
+            (student(x) - target).square().sum().backward()
+            optimizer.step()
+
+    assert said(run) == []
 
 
 def test_copies_of_what_is_trained_are_silent():
