@@ -69,7 +69,7 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
             command = [*compiler, *flags, f"-DT={number}", "-shared", "-fPIC"]
             subprocess.run(
                 [*command, *(str(Path(__file__).with_name(f)) for f in files), "-o", str(target)],
-                check=True, capture_output=True, text=True, timeout=60,
+                check=True, capture_output=True, text=True, timeout=120,
             )  # fmt: skip
             found = ctypes.CDLL(str(target))  # what is loaded stays when the file is gone
     except (OSError, subprocess.SubprocessError) as error:
