@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from ssprop_patch._files import append_rows, is_begun, whole_rows
+from ssprop_patch._files import append_rows, lacks_header, whole_rows
 from ssprop_patch.timing import Quantiles, device_name
 
 
@@ -174,7 +174,7 @@ def check_header(path: Path) -> bool:
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     content = path.read_bytes() if path.exists() else b""
-    if is_begun(content, _HEADER):
+    if lacks_header(content, _HEADER):
         return True
     text = (whole_rows(content) or content).decode()
     _compare_header(path, next(csv.reader(io.StringIO(text, newline="")), []))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def write_atomically(path: str | PathLike[str], content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, wholly or not at all, see :func:`replacing`."""
+    """Write ``content``, text as UTF-8, wholly or not at all, see :func:`replacing`."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as beside:
         beside.write_bytes(data)
@@ -86,9 +86,10 @@ def whole_rows(content: bytes) -> bytes:
     return b""
 
 
-def is_begun(content: bytes, header: str) -> bool:
-    """Whether a CSV file holds what a killed process may have left of its ``header``, or nothing."""
-    return header.encode().startswith(content)
+def lacks_header(content: bytes, header: str) -> bool:
+    """Whether a CSV file holds nothing, or a part of ``header`` that a killed process left."""
+    whole = header.encode()
+    return len(content) < len(whole) and whole.startswith(content)
 
 
 def append_rows(path: str | PathLike[str], rows: str, header: str = "") -> None:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from . import operations
 from .autograd import in_transform, needs_backward, sparse
 from .calls import note_compiled
+from .class_cache import once_per_class
 from .controller import Policy
 from .operations import Geometry, Operation
 from .other_gradients import refuse_hook
@@ -42,51 +43,6 @@ LAYERS: dict[type[nn.Module], Operation] = {
 
 #: Makes the patched class of a class.
 Patch = Callable[[type[nn.Module]], type[nn.Module]]
-
-
-class _Kept:
-    """What a class keeps its patched subclass in, see :func:`once_per_class`.
-
-    A class that is pickled by value (cloudpickle, dill) leaves its content behind.
-    """
-
-    def __init__(self, patched: type[nn.Module]) -> None:
-        self.patched = patched
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
-def once_per_class(patch: Patch) -> Patch:
-    """Make ``patch`` return the same subclass of a class each time.
-
-    torch.compile guards on it. The class itself keeps it, so that both go when nobody needs the
-    class any more: a parametrization makes one for each layer. A second import of this package
-    puts its own in that place; what the first one patched is still found among the subclasses.
-    """
-
-    @functools.wraps(patch)
-    def once(cls: type[nn.Module]) -> type[nn.Module]:
-        kept = vars(cls).get("_ssprop_patched")
-        if isinstance(kept, _Kept) and kept.patched._ssprop_patch is once:
-            return kept.patched
-        if (found := existing(cls)) is None:
-            made = patch(cls)
-            # The first of those that there are now: another thread may have made one meanwhile.
-            found = existing(cls) or made
-        type.__setattr__(cls, "_ssprop_patched", _Kept(found))
-        return found
-
-    def existing(cls: type[nn.Module]) -> type[nn.Module] | None:
-        return next(
-            (
-                sub for sub in type.__subclasses__(cls)
-                if original_class(sub) is cls and sub._ssprop_patch is once
-            ),
-            None,
-        )  # fmt: skip
-
-    return once
 
 
 class Patched(nn.Module):

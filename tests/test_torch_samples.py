@@ -1,7 +1,7 @@
 """torch's own samples for convolutions and Linear, run through converted layers and the functions.
 
-``module_db`` and ``op_db`` are what torch tests itself with. They are private: a torch that has them
-no more, or without what they need, is skipped, and the reason names the module.
+``module_db`` and ``op_db`` are what torch tests itself with. They are private: a torch that has
+them no more, or without what they need, is skipped, and the reason names the module.
 """
 
 import contextlib

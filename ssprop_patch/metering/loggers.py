@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._files import is_begun, whole_rows, write_whole
+from .._files import lacks_header, whole_rows, write_whole
 
 if TYPE_CHECKING:
     from .meter import Meter
@@ -90,8 +90,8 @@ def _add_scalars(writer: ScalarWriter) -> Callable[[Scalars, int], None]:
 class CsvFile:
     """A table that is added to row by row, by one process after another.
 
-    Each row is in the file once it is written, whole. A row that a killed process left unfinished is cut
-    off. A run resumed from an older checkpoint writes some steps again: the later row counts.
+    Each row is in the file once it is written, whole. A row that a killed process left unfinished
+    is cut off. A run resumed from an older checkpoint writes some steps again: the later row counts.
 
     Args:
         path: A file of these columns, an empty one, or none yet.
@@ -106,7 +106,7 @@ class CsvFile:
         text = path.read_bytes() if path.exists() else b""
         whole = whole_rows(text)
         header = next(csv.reader(whole.decode().splitlines()), None)
-        is_ours = is_begun(text, _line(columns)) if header is None else header == list(columns)
+        is_ours = lacks_header(text, _line(columns)) if header is None else header == list(columns)
         if not is_ours:
             raise ValueError(f"{path} is there already and has other columns: log to another file")
         # Without a buffer, whose content would come out after a failure.

@@ -125,7 +125,8 @@ def test_what_is_no_file_is_written_itself(tmp_path):
 
 
 def test_errors_name_the_file_that_was_asked_for(tmp_path):
-    for path, error in ((tmp_path / "no" / "file", FileNotFoundError), (tmp_path, IsADirectoryError)):
+    missing = tmp_path / "no" / "file"
+    for path, error in ((missing, FileNotFoundError), (tmp_path, IsADirectoryError)):
         with pytest.raises(error) as caught:
             write_atomically(path, "text")
         assert caught.value.filename == str(path) or caught.value.filename == path
@@ -226,7 +227,8 @@ def test_a_picture_of_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "whole"),
     [
-        ("", ""), ("a,b", ""), ("a,b\n", "a,b\n"), ("a,b\n1,", "a,b\n"), ("a\r\n1\r\n", "a\r\n1\r\n"),
+        ("", ""), ("a,b", ""), ("a,b\n", "a,b\n"), ("a,b\n1,", "a,b\n"),
+        ("a\r\n1\r\n", "a\r\n1\r\n"),
         ('a\n"x\ny"\n', 'a\n"x\ny"\n'), ('a\n1\n"x\ny', "a\n1\n"), ('a\n1\n"x\ny\nz', "a\n1\n"),
         ('a\n"say ""x\n""",2\n"', 'a\n"say ""x\n""",2\n'), ('"x\n', ""),
     ],

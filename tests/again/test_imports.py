@@ -1,4 +1,4 @@
-"""The package imported a second time, reloaded, or under another name, while models are converted."""
+"""The package imported again, reloaded, or under another name, while models are converted."""
 
 import copy
 import importlib
@@ -153,7 +153,8 @@ def test_its_schedules_are_schedules_and_its_controllers_are_refused_with_the_re
     for t in range(3):
         assert other.get_controller(model).t == t
         torch.optim.SGD(model.parameters(), 0.0).step()
-    assert other.SequentialSchedule([schedule, ssp.ConstantSchedule(0.25, interval="step")], [2])(3) == 0.25
+    last = ssp.ConstantSchedule(0.25, interval="step")
+    assert other.SequentialSchedule([schedule, last], [2])(3) == 0.25
     with pytest.raises(TypeError, match=r"imported again: make a new one"):
         other.convert(make(), controller=ssp.SparsityController(0.5))
 
