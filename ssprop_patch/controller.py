@@ -165,15 +165,15 @@ class SparsityController:
         for _ in range(steps):
             self._on_iteration()
 
-    def pause(self) -> None:
-        """Count no optimizer step until :meth:`resume` was called as often."""
-        self.watch.pause()
+    def pause(self, reason: object) -> None:
+        """Count no optimizer step until :meth:`resume` with the same ``reason``."""
+        self.watch.pause(reason)
         self.watchdog.forget_weights()
 
-    def resume(self) -> None:
-        """End one :meth:`pause`."""
+    def resume(self, reason: object) -> None:
+        """End one :meth:`pause`; one that has ended, or never was, changes nothing."""
         self.watchdog.forget_weights()
-        self.watch.resume()
+        self.watch.resume(reason)
 
     def _count_step(self) -> None:
         if self._by_hand:

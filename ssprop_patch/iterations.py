@@ -21,9 +21,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-# Models are converted in one thread while others train in another: no set below is changed or
-# looked through without it. One for all, as it is held for microseconds.
-_lock = threading.RLock()
+if "_lock" not in globals():  # else this module is reloaded: what there is goes on
+    # Models are converted in one thread while others train in another: no set below is changed or
+    # looked through without it. One for all, as it is held for microseconds.
+    _lock = threading.RLock()
+    _watches: WeakSet[IterationWatch] = WeakSet()
+    _hooks: list[Any] = []
 
 
 class IterationWatch:
@@ -51,7 +54,7 @@ class IterationWatch:
         self._owned: WeakSet[Optimizer] = WeakSet()
         self._adopted: WeakSet[Optimizer] = WeakSet()
         self._stepped: WeakSet[Optimizer] = WeakSet()
-        self._pauses = 0
+        self._pauses: list[object] = []
         self.began = False
         _install_hooks()
         with _lock:
@@ -96,17 +99,17 @@ class IterationWatch:
     @property
     def paused(self) -> bool:
         """Whether no step counts at present."""
-        return self._pauses > 0
+        return bool(self._pauses)
 
-    def pause(self) -> None:
-        """Let no step count until :meth:`resume` was called as often."""
+    def pause(self, reason: object) -> None:
+        """Let no step count until :meth:`resume` with the same ``reason``."""
         with _lock:
-            self._pauses += 1
+            self._pauses.append(reason)
 
-    def resume(self) -> None:
-        """End one :meth:`pause`."""
+    def resume(self, reason: object) -> None:
+        """End one :meth:`pause`; one that has ended, or never was, changes nothing."""
         with _lock:
-            self._pauses -= 1
+            self._pauses[:] = [r for r in self._pauses if r is not reason]
 
     def after_step(self, optimizer: Optimizer, around: Sequence[Optimizer] | None) -> None:
         """Take note of one step of an optimizer that :meth:`owns` said yes to.
@@ -184,11 +187,6 @@ class Membership:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Membership, (self._module(), self.controller, self._is_layer)
-
-
-if "_watches" not in globals():  # else this module is reloaded: the hooks that there are go on
-    _watches: WeakSet[IterationWatch] = WeakSet()
-    _hooks: list[Any] = []
 
 
 def _install_hooks() -> None:

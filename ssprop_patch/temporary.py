@@ -82,7 +82,7 @@ class paused(_DecoratorContextManager):  # lower case, as torch.no_grad
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._entered: list[list[SparsityController]] = []
+        self._entered: list[tuple[object, list[SparsityController]]] = []
 
     def clone(self) -> paused:
         """Return a fresh manager with the same argument, for each call of a decorated function."""
@@ -90,10 +90,23 @@ class paused(_DecoratorContextManager):  # lower case, as torch.no_grad
 
     def __enter__(self) -> None:
         controllers = find_controllers(self.model) or [get_controller(self.model)]
-        for controller in controllers:
-            controller.pause()
-        self._entered.append(controllers)
+        reason = object()
+        try:
+            for controller in controllers:
+                controller.pause(reason)
+            self._entered.append((reason, controllers))
+        except BaseException:  # an interrupt: nobody will leave this block
+            self._end(reason, controllers)
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
-        for controller in self._entered.pop():
-            controller.resume()
+        reason, controllers = self._entered[-1]
+        try:
+            self._end(reason, controllers)
+        finally:  # once more, which changes nothing but where an interrupt came
+            self._end(reason, controllers)
+
+    def _end(self, reason: object, controllers: list[SparsityController]) -> None:
+        for controller in controllers:
+            controller.resume(reason)
+        self._entered[:] = [entry for entry in self._entered if entry[0] is not reason]

@@ -9,7 +9,12 @@ FOLDER = os.path.dirname(ssprop_patch.__file__) + os.sep
 
 
 #: What only looks at the model: an interrupt in there is tried now and then.
-LOOKS = {f"{FOLDER}{name}.py" for name in ("plan", "planned", "eligible", "patterns", "_validate")}
+LOOKS = {
+    f"{FOLDER}{name}.py" for name in (
+        "plan", "planned", "eligible", "patterns", "readers", "weights", "other_gradients",
+        "_validate",
+    )
+}  # fmt: skip
 
 
 class Interrupt(BaseException):

@@ -226,6 +226,25 @@ def test_a_temporary_rate_ends(manager, event, step):
     assert left <= (2 if event == "line" else 20)
 
 
+def test_a_pause_ends():
+    def prepare():
+        model = make()
+        ssp.convert(model[0], steps(0.5))
+        ssp.convert(model[1], steps(0.25))
+        entered = ssp.paused(model)
+        return (model, entered), lambda: enter_and_leave(entered)
+
+    left = 0
+    for model, entered in every(prepare):
+        watches = [ssp.get_controller(model[i]).watch for i in (0, 1)]
+        if entered._entered:  # as above
+            left += 1
+            assert all(watch.paused for watch in watches)
+            entered.__exit__()
+        assert not any(watch.paused for watch in watches) and entered._entered == []
+    assert left <= 2
+
+
 def test_a_rate_within_a_rate():
     def prepare():
         model = ssp.convert(make(), steps(0.5))
