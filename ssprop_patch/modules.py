@@ -324,8 +324,8 @@ def _run_own_forward(
     if not torch.compiler.is_compiling() and not mode.caught:
         names = "/".join(f"torch.nn.functional.{f.__name__}" for f in operations)
         warnings.warn(
-            f"{type(module).__name__}.forward called no {names} with a plain weight under autograd: "
-            "its backward stays dense",
+            f"{type(module).__name__}.forward called no {names} with a plain weight under "
+            "autograd: its backward stays dense",
             stacklevel=3,
         )
     return out
