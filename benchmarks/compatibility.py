@@ -44,7 +44,8 @@ def _write(library: str, rows: list[tuple[str, ...]]) -> None:
     others = [row for row in others if row[0] != library]
     new = FILE.with_suffix(".new")
     with new.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEAD, *sorted([*others, *rows], key=_library)])
+        rows = sorted([*others, *rows], key=_library)
+        csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
     new.replace(FILE)
 
 

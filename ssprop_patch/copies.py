@@ -1,4 +1,4 @@
-"""A copy of a converted model to give away: the plain network, with nothing of this package in it."""
+"""A copy of a converted model to give away: the plain network, and nothing of this package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def reverted_copy(model: nn.Module) -> nn.Module:
 
     Args:
         model: Any module, converted or not, while it trains too. Of a compiled, a DDP or a
-            ``DataParallel`` model, the one that it runs: those wrappers belong to a process. Others,
-            averaged models (EMA) among them, are copied as they are.
+            ``DataParallel`` model, the one that it runs: those wrappers belong to a process.
+            Others, averaged models (EMA) among them, are copied as they are.
 
     Returns:
         The copy, as :func:`copy.deepcopy` makes it: in the same mode, on the same device.

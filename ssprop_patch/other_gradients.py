@@ -42,7 +42,7 @@ def _name(module: nn.Module) -> str:
     """Return a layer's name in the model that was converted, and its class."""
     cls = type(module).__name__
     membership = vars(module).get("_ssprop_membership")
-    for root in () if membership is None else membership.controller.watch._roots:
+    for root in () if membership is None else membership.controller.watch.roots:
         for name, m in root.named_modules():
             if m is module and name:
                 return f"{name!r} ({cls})"

@@ -1,4 +1,4 @@
-"""reverted_copy: what is saved whole loads without this package, and as safely as the plain model."""
+"""reverted_copy: what is saved whole loads without this package, and as safely as if plain."""
 
 import copy
 import pickle
@@ -108,10 +108,13 @@ class Uncopiable:
         raise TypeError("not to be copied")
 
 
+class UncopiableScores(Uncopiable):
+    def __call__(self, dy):
+        return dy.abs().sum((0, 2, 3))
+
+
 def test_schedules_and_scores_need_not_be_copiable():
-    scores = Uncopiable()
-    scores.__class__ = type("Scores", (Uncopiable,), {"__call__": lambda self, dy: dy.abs().sum((0, 2, 3))})
-    model = ssp.convert(plain(), Uncopiable(), selection=scores)
+    model = ssp.convert(plain(), Uncopiable(), selection=UncopiableScores())
     with pytest.raises(TypeError, match="not to be copied"):
         copy.deepcopy(model)
     assert_nothing_of_ours(ssp.reverted_copy(model))
@@ -136,7 +139,8 @@ def test_of_a_compiled_model_the_model():
 
 
 def test_of_a_distributed_model_the_model(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    meet = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
     try:
         for wrap in (DistributedDataParallel, DataParallel):
             wrapped = wrap(ssp.convert(plain(), 0.5))

@@ -123,7 +123,8 @@ class Alone(nn.Conv2d, metaclass=NoSubclass):
 def test_a_class_that_can_have_no_subclass_is_refused_by_name_and_nothing_changes():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(Alone(3, 8, 3)))
     (row,) = ssp.plan(model).refused
-    assert row.name == "1.0" and "Alone cannot have a subclass: TypeError: this family" in row.reason
+    assert row.name == "1.0"
+    assert "Alone cannot have a subclass: TypeError: this family" in row.reason
     with pytest.raises(ValueError, match=r"nothing was changed:\n  1.0: its class Alone"):
         ssp.convert(model, 0.5)
     assert not ssp.is_converted(model)

@@ -11,7 +11,7 @@ import ssprop_patch as ssp
 
 TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 
-# --- stored in one dtype, computed in another -------------------------------------------------------
+# --- stored in one dtype, computed in another -----------------------------------------------------
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 8, 3), (2, 4, 8)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ def checks() -> Iterator[tuple[str, str]]:
         data = pictures(Path(folder) / "data")
         for what, result in compare.in_all(partial(train, data=data, folder=folder), steps=4):
             yield f"yolo11n-cls: {what}", result
-        yield "the model that YOLO holds before train() is the one trained", str(same_model(data, folder))
+        yield "the gradients of yolo11n-cls at 0.5 against masked ones, float64", gradients()
+        same = str(same_model(data, folder))
+        yield "the model that YOLO holds before train() is the one trained", same
         yield "best.pt after a sparse training", checkpoint(data, folder)
 
 
@@ -55,9 +58,9 @@ def run(prepare: Callable[[nn.Module], object], data: str, folder: str):
     yolo.add_callback("on_pretrain_routine_end", begin)
     before = yolo.model
     yolo.train(
-        data=data, epochs=2, imgsz=32, batch=4, nbs=4, device="cpu", workers=0, plots=False, amp=False,
-        optimizer="SGD", lr0=0.001, warmup_epochs=0, seed=0, project=folder, name="run", exist_ok=True,
-        verbose=False,
+        data=data, epochs=2, imgsz=32, batch=4, nbs=4, device="cpu", workers=0, plots=False,
+        amp=False, optimizer="SGD", lr0=0.001, warmup_epochs=0, seed=0, project=folder, name="run",
+        exist_ok=True, verbose=False,
     )  # fmt: skip
     return yolo, before, trained[0]
 
@@ -66,6 +69,26 @@ def train(prepare: Callable[[nn.Module], object], data: str, folder: str) -> dic
     """Return the final state of the network that was trained."""
     _, _, model = run(prepare, data, folder)
     return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def gradients() -> str:
+    """Compare one backward; over several steps in float32 channels that nearly tie part ways."""
+    from ultralytics.nn.tasks import ClassificationModel
+    from zoo import oracle
+
+    def backward(model: nn.Module) -> Tensor:
+        torch.manual_seed(0)  # of dropout
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(4, 3, 64, 64, generator=generator, dtype=torch.float64)
+        model.predict(x).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    torch.manual_seed(0)
+    plain = ClassificationModel("yolo11n-cls.yaml", nc=2, verbose=False).double().train()
+    sparse = ssp.convert(copy.deepcopy(plain), compare.RATE)
+    with oracle.network(plain, compare.RATE):
+        expected = backward(plain)
+    return f"relative difference {(backward(sparse) - expected).norm() / expected.norm():.0e}"
 
 
 def same_model(data: str, folder: str) -> bool:

@@ -174,7 +174,9 @@ def test_torchao_quantization_aware_training():
 
     def make():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 32), nn.Linear(32, 4))
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 32), nn.Linear(32, 4)
+        )  # fmt: skip
         weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
         quantization.quantize_(model, QATConfig(weight_config=weights, step="prepare"))
         return model
