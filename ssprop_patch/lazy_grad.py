@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import passes
 from .deferred import NormInput, ReLUGradient, ReLUInput
 from .selection import ScoreFn, deferred_order
 

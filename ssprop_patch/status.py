@@ -1,4 +1,4 @@
-"""How a conversion is doing, in a line: what ran sparse, at what rate, and what the watchdog saw."""
+"""How a conversion is doing: what ran sparse, at what rate, and what the watchdog saw."""
 
 from __future__ import annotations
 

@@ -719,8 +719,11 @@ def test_layers_in_other_dtypes(option, dtype, tmp_path, monkeypatch):
 
 
 def step_options(**given: object) -> SimpleNamespace:
-    return SimpleNamespace(**{"drop_rate": 0.8, "selection": "l1", "types": [], "amp": False,
-                              "skip_grouped": False, "align": 1, "compile": False} | given)  # fmt: skip
+    options = {
+        "drop_rate": 0.8, "selection": "l1", "types": [], "amp": False, "skip_grouped": False,
+        "align": 1, "compile": False,
+    }  # fmt: skip
+    return SimpleNamespace(**options | given)
 
 
 def sparse_layers(model: nn.Module) -> set[str]:

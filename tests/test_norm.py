@@ -2,7 +2,6 @@
 
 import copy
 import io
-import warnings
 
 import oracle
 import pytest

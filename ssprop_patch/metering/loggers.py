@@ -91,7 +91,8 @@ class CsvFile:
     """A table that is added to row by row, by one process after another.
 
     Each row is in the file once it is written, whole. A row that a killed process left unfinished
-    is cut off. A run resumed from an older checkpoint writes some steps again: the later row counts.
+    is cut off. A run resumed from an older checkpoint writes some steps again: the later row
+    counts.
 
     Args:
         path: A file of these columns, an empty one, or none yet.

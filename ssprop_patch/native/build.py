@@ -54,9 +54,9 @@ def library(number: str, name: str = "passes") -> ctypes.CDLL | None:
         name: ``"passes"`` over memory, or ``"conv"``, the backward of convolutions.
 
     The environment variable ``SSPROP_PATCH_CFLAGS`` holds further flags for the compiler, such as
-    ``-fsanitize=address,undefined``. There are none without a C compiler (``$CC``, gcc or cc), on systems other than Linux (whose
-    torch has other threads than OpenMP's), and where the environment variable
-    ``SSPROP_PATCH_NATIVE`` is 0. A compiler that fails is warned of, once.
+    ``-fsanitize=address,undefined``. There are none without a C compiler (``$CC``, gcc or cc), on
+    systems other than Linux (whose torch has other threads than OpenMP's), and where the
+    environment variable ``SSPROP_PATCH_NATIVE`` is 0. A compiler that fails is warned of, once.
     """
     compiler = find_compiler()
     if compiler is None:

@@ -49,8 +49,9 @@ def every(prepare, event="line", step=1):
         event: As for :func:`interrupted`.
         step: Every so many places.
     """
+    files = []
     for _ in range(2):  # the first time makes classes
-        files = []
+        files.clear()
         _traced(prepare()[1], lambda i, frame: files.append(frame.f_code.co_filename), event)
     places = [n for n, file in enumerate(files) if n % (20 * step) == 0 or file not in LOOKS]
     assert len(places) > 20, "hardly anything can be interrupted"

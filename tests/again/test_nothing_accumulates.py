@@ -10,12 +10,12 @@ import weakref
 
 import pytest
 import torch
+from metering.by_hand import quiet_meter
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import optimizer as optimizers
 
 import ssprop_patch as ssp
-from metering.by_hand import quiet_meter
 from ssprop_patch import iterations, modules, opaque
 from ssprop_patch.metering import optimizer_steps
 

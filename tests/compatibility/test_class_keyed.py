@@ -194,7 +194,7 @@ def test_torchao_quantization_aware_training():
     assert zero_rows(found[0]) == 4
 
 
-# --- torch-pruning: fewer channels in the same layers ----------------------------------------------
+# --- torch-pruning: fewer channels in the same layers ---------------------------------------------
 
 
 def test_torch_pruning():

@@ -1,5 +1,7 @@
 """A backward that is after some gradients only computes those, as torch's own layers do."""
 
+import contextlib
+
 import oracle
 import pytest
 import torch
@@ -116,7 +118,8 @@ def test_a_gradient_penalty_is_right():
     grads = []
     for model in (net("conv"), net("conv", None)):
         x = torch.ones(2, 8, 8, 8, dtype=torch.double, requires_grad=True)
-        with oracle.network(model, RATE) if not ssp.is_converted(model) else ssp.sparsity(model, RATE):
+        masked = contextlib.nullcontext() if ssp.is_converted(model) else oracle.network(model, RATE)
+        with masked:
             y = model(x).sin().sum()
         (dx,) = torch.autograd.grad(y, x, create_graph=True)
         ((dx.square().sum((1, 2, 3)).sqrt() - 1) ** 2).sum().backward()
