@@ -38,8 +38,20 @@ _DX, _DW = (True, False, False), (False, True, False)
 
 def gather(kept: Kept, needed: Mask) -> Grads:
     """Return dX, dW and db by the backward of the smaller convolution."""
-    dx, dw, db = dense_backward(kept.dy, kept.x, kept.w, kept.params, needed)
+    dy, x = _one_format(kept.dy), _one_format(kept.x)
+    dx, dw, db = dense_backward(dy, x, kept.w, kept.params, needed)
     return kept.spread_dx(dx), kept.spread_dw(dw), kept.spread_db(db)
+
+
+def _one_format(t: Tensor) -> Tensor:
+    """Return a single channel with the strides of a contiguous tensor.
+
+    With those of channels_last, which name the same memory, torch 2.14's dW of a 1x1 convolution
+    with a stride writes past the heap.
+    """
+    if torch.compiler.is_compiling() or t.shape[1] > 1 or t.stride(1) > 1:
+        return t
+    return t.squeeze(1).unsqueeze(1)
 
 
 def gather_nhwc(kept: Kept, needed: Mask) -> Grads:

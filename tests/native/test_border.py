@@ -357,6 +357,24 @@ def _in_a_fork(t, queue):
     queue.put(native.largest_channels(t, 1, 8, 1).tolist())
 
 
+@pytest.mark.parametrize("groups", [1, 5])
+def test_a_single_channel_goes_to_torch_in_one_format(groups, monkeypatch):
+    # With strides (14, 1, 2, 1) torch 2.14 corrupts the heap.
+    seen = []
+    monkeypatch.setattr(ways, "dense_backward", lambda *a: seen.append(a) or dense_backward(*a))
+    x = torch.randn(7, 7, 2, 5).movedim(-1, 1)
+    dy, w = torch.randn(7, 7, 1, 5).movedim(-1, 1), torch.randn(5, 5 // groups, 1, 1)
+    p = ConvParams((1, 2), (0, 0), (1, 1), groups)
+    kept = Kept(dy, x, w, p, 1, l1_scores)
+    grads = ways.gather(kept, ALL)
+    assert seen[0][0].stride() == (7, 7, 1, 1)
+    assert seen[0][1].stride() == ((14, 14, 2, 1) if groups > 1 else x.stride())
+    masked = torch.zeros_like(dy).index_copy_(1, kept.index, dy[:, kept.index])
+    expected = dense_backward(masked.contiguous(), x.contiguous(), w, p, ALL)
+    for grad, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
 def test_a_linear_layer_whose_weight_was_changed_is_an_error():
     dy, x = torch.randn(3, 8), torch.randn(3, 4)
     for shape in ((4, 4), (16, 4), (8, 5), (8, 3)):
