@@ -82,7 +82,7 @@ CHANGES = dict(changes())
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=str)
+@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=["l1", "callable"])
 @pytest.mark.parametrize(
     "kind, what",
     [
@@ -292,7 +292,7 @@ def test_a_sparse_gradient_is_an_error():
 # --- derivatives, numbers that are not finite, processes ----------------------------------------
 
 
-@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=str)
+@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=["l1", "callable"])
 def test_a_second_derivative_where_only_the_bias_learns(selection):
     layer = nn.Conv2d(2, 6, 3).requires_grad_(False)
     layer.bias.requires_grad_()
