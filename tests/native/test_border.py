@@ -82,7 +82,7 @@ CHANGES = dict(changes())
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=["l1", "callable"])
+@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=["l1", "function"])
 @pytest.mark.parametrize(
     "kind, what",
     [
@@ -188,7 +188,7 @@ def with_indices():
 
 
 @needs_compiler
-@pytest.mark.parametrize("function", list(with_indices()))
+@pytest.mark.parametrize("function", list(with_indices()), ids=range(8))
 def test_indices_are_checked(function):
     function(torch.tensor([1, 5]))
     for bad in ([1, 6], [-1, 5], [0, 2**62]):
@@ -292,7 +292,7 @@ def test_a_sparse_gradient_is_an_error():
 # --- derivatives, numbers that are not finite, processes ----------------------------------------
 
 
-@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=["l1", "callable"])
+@pytest.mark.parametrize("selection", ["l1", magnitudes], ids=["l1", "function"])
 def test_a_second_derivative_where_only_the_bias_learns(selection):
     layer = nn.Conv2d(2, 6, 3).requires_grad_(False)
     layer.bias.requires_grad_()
