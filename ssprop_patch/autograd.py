@@ -321,15 +321,12 @@ def _is_asked_for(node: Any) -> bool:
 
 
 def _outside_of_autocast(backward: Any, dy: Tensor, *args: Any) -> Any:
-    try:
-        if not _is_autocasting(dy):
-            return backward(dy, *args)
-        with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
-            return backward(dy, *args)
-    except RuntimeError as error:  # looked for late, as looking costs as much as an operation
-        if is_batched(dy):
-            raise RuntimeError(NO_TRANSFORMS) from error
-        raise
+    if is_batched(dy):
+        raise RuntimeError(NO_TRANSFORMS)
+    if not _is_autocasting(dy):
+        return backward(dy, *args)
+    with torch.autocast(dy.device.type, enabled=False):  # the dense backward ignores it too
+        return backward(dy, *args)
 
 
 class _OpaqueSparseConv(torch.autograd.Function):

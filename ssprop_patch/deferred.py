@@ -237,19 +237,16 @@ class NormGradient(DeferredGradient):
         self._sums, self.order = sums, order
         self._made_from(x, dz, relu_out)
 
-    def _form(self) -> Tensor:
-        return self._input_grad(self._weight)
-
     def form_masked(self, keep: Tensor) -> Tensor:
         """Return the whole gradient with zeros in the channels where ``keep``, (C,) bool, is False.
 
-        The norm's own weight is masked, which takes no further pass over memory.
+        By choice, not by a weight of zero: a dropped channel may hold inf or nan.
         """
-        if self._formed is not None:
-            return torch.where(keep.view(-1, *[1] * (self.dim() - 2)), self._formed, 0)
-        self._check_sources()
-        weight = torch.ones_like(self._invstd) if self._weight is None else self._weight
-        return self._input_grad(torch.where(keep, weight, 0))
+        formed = self._formed
+        if formed is None:
+            self._check_sources()
+            formed = self._form()
+        return torch.where(keep.view(-1, *[1] * (self.dim() - 2)), formed, 0)
 
     def take(self, index: Tensor) -> Tensor:
         """Return the gradient of the channels ``index`` alone, (N, k, *spatial)."""
@@ -283,8 +280,8 @@ class NormGradient(DeferredGradient):
         return scale.square() * rest.clamp_min(0)
 
     @torch.no_grad()
-    def _input_grad(self, weight: Tensor | None) -> Tensor:
+    def _form(self) -> Tensor:
         return aten.native_batch_norm_backward(
-            passes.relu_backward(self._dz, self._relu_out), self._x, weight, None, None,
+            passes.relu_backward(self._dz, self._relu_out), self._x, self._weight, None, None,
             self._mean, self._invstd, True, 0.0, [True, False, False],
         )[0]  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
+from ssprop_patch import calls
 
 
 def make(dtype=torch.bfloat16):
@@ -44,6 +45,12 @@ def train(model, optimizer, steps, accumulate=1):
         optimizer.step()
         seen.append((ssp.get_controller(model).t, zero))
     return seen
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    """Whatever other tests of this process had compiled."""
+    monkeypatch.setattr(calls, "_compiled", [])
 
 
 @pytest.fixture(autouse=True)

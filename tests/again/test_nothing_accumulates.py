@@ -161,7 +161,7 @@ def test_nothing_accumulates(action):
     for _ in range(100):
         action(model)
     assert registries() == sizes
-    assert living() == objects
+    assert not living() - objects  # what other tests left may go meanwhile
 
 
 def test_the_class_of_a_parametrized_layer_goes_with_it():
