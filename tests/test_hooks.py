@@ -163,7 +163,7 @@ def test_of_each_tensor(however_small, selection, name, hook):
 
 
 @over_tensors
-@over_hooks
+@pytest.mark.parametrize("hook", [returns_another, changes_it])
 def test_without_c(however_small, monkeypatch, name, hook):
     monkeypatch.setattr(native.tensors, "library", lambda *args: None)
     compare(Net(), SMALL, "l2", name, hook)

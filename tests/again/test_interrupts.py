@@ -130,7 +130,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-@pytest.mark.parametrize(("event", "step"), [("line", 1), ("opcode", 11)])
+@pytest.mark.parametrize(("event", "step"), [("line", 2), ("opcode", 37)])
 def test_conversions(case, event, step):
     """It is the old state up to one place, and from there on the new one."""
     prepare, rates = CHANGES[case]
@@ -144,7 +144,7 @@ def test_a_shared_controller_does_not_count_for_a_model_that_was_not_converted()
         return (other, controller), lambda: ssp.convert(other, controller=controller)
 
     seen = set()
-    for other, controller in every(prepare):
+    for other, controller in every(prepare, step=3):
         torch.optim.SGD(other.parameters(), 0.0).step()
         assert controller.t == ssp.is_converted(other)
         seen.add(controller.t)
@@ -180,7 +180,7 @@ def test_a_class_that_refuses():
 
         return model, action
 
-    for i, model in enumerate(every(prepare)):
+    for i, model in enumerate(every(prepare, step=3)):
         # What two faults leave half done is harmless, and made good by what comes next.
         if i % 25 == 0:
             rows(model)
@@ -272,7 +272,7 @@ def test_converted(before):
         return model, lambda: enter_and_leave(ssp.converted(model, steps(0.5)))
 
     def models():
-        for model in every(prepare):
+        for model in every(prepare, step=3):
             found = state(model)
             assert rate_of(found) != before or not before or found is controllers[0]
             yield model

@@ -158,7 +158,7 @@ def test_nothing_accumulates(action):
     for _ in range(3):  # what is made once
         action(model)
     objects, sizes = living(), registries()
-    for _ in range(100):
+    for _ in range(30):
         action(model)
     assert registries() == sizes
     assert not living() - objects  # what other tests left may go meanwhile

@@ -12,7 +12,7 @@ from ssprop_patch.native import build
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 CASES, AT_A_TIME = 3000, 250
-WITH_SANITIZERS = 400
+WITH_SANITIZERS = 200
 
 
 @needs_compiler
