@@ -38,9 +38,25 @@ _DX, _DW = (True, False, False), (False, True, False)
 
 def gather(kept: Kept, needed: Mask) -> Grads:
     """Return dX, dW and db by the backward of the smaller convolution."""
+    if _is_fatal(kept):
+        dw = matmul_dw(kept) if needed[1] else None
+        dx = matmul_dx(kept) if needed[0] else None
+        return dx, dw, kept.db() if needed[2] else None
     dy, x = _one_format(kept.dy), _one_format(kept.x)
     dx, dw, db = dense_backward(dy, x, kept.w, kept.params, needed)
     return kept.spread_dx(dx), kept.spread_dw(dw), kept.spread_db(db)
+
+
+def _is_fatal(kept: Kept) -> bool:
+    """Whether torch 2.14 may write past the heap: a strided 1x1 convolution of a single channel.
+
+    A single channel has the strides of both memory formats; with the other tensor in channels_last
+    its kernel for dW takes one for the other.
+    """
+    p, w = kept.p, kept.whole_w
+    if torch.compiler.is_compiling() or p.transposed or p.groups > 1 or max(p.stride) == 1:
+        return False
+    return is_pointwise(w.shape, p) and (kept.number == 1 or w.shape[1] == 1)
 
 
 def _one_format(t: Tensor) -> Tensor:
