@@ -30,8 +30,8 @@ _MIN_RELU_ELEMENTS = 2**18
 # Of so few positions per channel the closed form of the squares is mostly cancellation.
 _MIN_POSITIONS = 16
 # So many nodes are looked at before a convolution: the branches of an Inception block, but not the
-# whole network through its residual connections.
-_MOST_NODES = 24
+# whole network through its residual connections. Each is looked at once.
+_MOST_NODES = 64
 
 _NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 _RELU = "ReluBackward0"
@@ -67,18 +67,18 @@ def prepare(start: Node, convolution: type, score_fn_of: Callable[[Node], ScoreF
         if not queue:
             return
         node = queue.popleft()
-        if node is None or type(node) is convolution:
+        if node is None or type(node) is convolution or not _is_new(node):
             continue
         following = node.next_functions
         name = type(node).__name__
         if name == _RELU:
             norm = following[0][0]
-            if _is_paired(norm, convolution) and _follows(node, norm) and _is_new(node):
+            if _is_paired(norm, convolution) and _follows(node, norm):
                 node.register_prehook(_BeforeReLU(norm))
         elif name in _NORMS and _is_paired(node, convolution):
             conv = following[0][0]
             order = deferred_order(score_fn_of(conv))
-            if order is not None and _is_new(node):
+            if order is not None:
                 node.register_prehook(_BeforeNorm(conv, order))
             continue
         queue.extend(before for before, _ in following)
@@ -101,7 +101,7 @@ def _follows(node: Node, before: Node) -> bool:
 
 
 def _is_new(node: Node) -> bool:
-    """Whether ``node`` has no hook of ours; a retained graph runs again, with those that it has."""
+    """Whether ``node`` was not looked at yet; a retained graph runs again, with its hooks."""
     metadata = node.metadata
     if _DONE in metadata:
         return False
