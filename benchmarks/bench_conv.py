@@ -14,6 +14,7 @@ in a transposed convolution.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import statistics
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import KINDS, Parser, count, drop_rate, reader
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,10 +33,7 @@ from rows import Row, Setting, append, check_header, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
-from ssprop_patch.cli.options import TYPES, Parser, count, drop_rate, reader
-from ssprop_patch.selection import kept_channels, selectable_channels
 from ssprop_patch.timing import alternate, time_layers, waiter
-from ssprop_patch.timing.calls import autocasting
 
 MODES = ("forward", "backward", "both")
 # What networks are made of; each runs in some ten milliseconds on a small machine.
@@ -61,11 +60,12 @@ LAYERS = (
     "convtranspose2d:8x128x16x16:64:2:stride=2",
     "linear:8x197x192:768:bias=1",
 )
-KINDS = {name.lower(): cls for name, cls in TYPES.items()}
 _CHANNELS_LAST = {
-    nn.Conv2d: torch.channels_last, nn.ConvTranspose2d: torch.channels_last,
-    nn.Conv3d: torch.channels_last_3d, nn.ConvTranspose3d: torch.channels_last_3d,
-}  # fmt: skip
+    nn.Conv2d: torch.channels_last,
+    nn.ConvTranspose2d: torch.channels_last,
+    nn.Conv3d: torch.channels_last_3d,
+    nn.ConvTranspose3d: torch.channels_last_3d,
+}
 # As in ssprop_patch.timing.time_layers: so long is one measurement, of that many passes at most.
 _BURST_SECONDS, _LONGEST_BURST = 2e-3, 50
 
@@ -111,9 +111,9 @@ class LayerSpec:
 
     def kept(self, rate: float) -> float:
         """Return k / C, the part of the output channels that a sparse backward keeps."""
-        channels = self.arguments.get("out_channels") or self.arguments["out_features"]
-        each = selectable_channels(channels, self.arguments.get("groups", 1))
-        return kept_channels(each, rate) / each
+        layer = self.build(device="meta")
+        found = ssp.summary(layer, input_size=self.shape, types=self.cls, drop_rate=rate)
+        return found.layers[0].kept / found.layers[0].channels
 
 
 def _parse(text: str) -> LayerSpec:
@@ -133,11 +133,15 @@ def _parse(text: str) -> LayerSpec:
     if out == 1:
         raise ValueError("of one output channel there is nothing to choose")
     options = dict(pair.partition("=")[::2] for pair in pairs)
-    flags = {key: _flag(options.pop(key, default), key) for key, default in
-             (("bias", "0"), ("dx", "1"))}  # fmt: skip
+    flags = {
+        key: _flag(options.pop(key, default), key) for key, default in (("bias", "0"), ("dx", "1"))
+    }
     if spatial:
-        arguments = {"in_channels": shape[1], "out_channels": out,
-                     **_geometry(parts[2], options, spatial, "transpose" in kind)}  # fmt: skip
+        arguments = {
+            "in_channels": shape[1],
+            "out_channels": out,
+            **_geometry(parts[2], options, spatial, "transpose" in kind),
+        }
     else:
         arguments = {"in_features": shape[-1], "out_features": out}
     if options:
@@ -157,10 +161,12 @@ def _geometry(
     padding = options.pop("padding", "x".join(map(str, half)))
     (groups,) = _numbers(options.pop("groups", "1"), "groups", 1)
     return {
-        "kernel_size": sizes, "dilation": dilation, "groups": groups,
+        "kernel_size": sizes,
+        "dilation": dilation,
+        "groups": groups,
         "stride": _numbers(options.pop("stride", "1"), "stride", spatial),
         "padding": _numbers(padding, "padding", spatial, least=0),
-    }  # fmt: skip
+    }
 
 
 def _numbers(text: str, what: str, length: int | None = None, least: int = 1) -> tuple[int, ...]:
@@ -205,17 +211,25 @@ def measure(spec: LayerSpec, args: argparse.Namespace) -> list[Row]:
     burst = min(max(1, int(_BURST_SECONDS / once)), _LONGEST_BURST)
     seconds = alternate(
         {side: lambda run=run: run(burst) for side, run in times.items()},
-        args.iterations, args.warmup,
-    )  # fmt: skip
+        args.iterations,
+        args.warmup,
+    )
     setting = Setting.here(
-        x.device, name=spec.name, shape=spec.shape, dtype=where["dtype"], amp=args.amp,
-        memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
-        options="kernels=measured" * args.measured_kernels, iterations=args.iterations,
-    )  # fmt: skip
+        x.device,
+        name=spec.name,
+        shape=spec.shape,
+        dtype=where["dtype"],
+        amp=args.amp,
+        memory_format=layout,
+        drop_rate=args.drop_rate,
+        selection=args.selection,
+        options="kernels=measured" * args.measured_kernels,
+        iterations=args.iterations,
+    )
     # What chooses the kernel says so to time_layers, which reports it.
-    kernel = time_layers(
-        dense, x, args.drop_rate, types=spec.cls, autocast=autocast, iterations=1
-    )[0].kernel  # fmt: skip
+    kernel = time_layers(dense, x, args.drop_rate, types=spec.cls, autocast=autocast, iterations=1)[
+        0
+    ].kernel
     kept = {"dense": 1.0, "sparse": spec.kept(args.drop_rate)}
     return compare(setting, MODES, seconds, kept, kernels={"sparse": kernel})
 
@@ -234,7 +248,9 @@ def passes(
     wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
 
     def forward() -> Tensor:
-        with autocasting(x.device, autocast):
+        # Not enabled=False: some devices have no autocast at all.
+        half = torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext()
+        with half:
             return layer(x)
 
     dy = torch.randn_like(forward())
@@ -283,27 +299,42 @@ def show(rows: Sequence[Row], console: Console) -> None:
         sparse = cells[name, shape, "sparse", "backward"]
         both = cells[name, shape, "sparse", "both"]
         table.add_row(
-            name, shape, sparse.kernel, f"{dense.p50_ms:.3f}", f"{sparse.p50_ms:.3f}",
-            f"{sparse.share_of_dense:.3f}", f"{sparse.limit:.3f}", f"{both.share_of_dense:.3f}",
-        )  # fmt: skip
+            name,
+            shape,
+            sparse.kernel,
+            f"{dense.p50_ms:.3f}",
+            f"{sparse.p50_ms:.3f}",
+            f"{sparse.share_of_dense:.3f}",
+            f"{sparse.limit:.3f}",
+            f"{both.share_of_dense:.3f}",
+        )
     console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--layer", type=reader(LayerSpec.parse), nargs="+", metavar="SPEC",
-                        default=[LayerSpec.parse(text) for text in LAYERS])  # fmt: skip
+    parser.add_argument(
+        "--layer",
+        type=reader(LayerSpec.parse),
+        nargs="+",
+        metavar="SPEC",
+        default=[LayerSpec.parse(text) for text in LAYERS],
+    )
     parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
     parser.add_argument("--selection", default="l1", choices=("l1", "l2", "random"))
     parser.add_argument("--device", default="cpu")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--dtype", default="float32",
-                        choices=("float32", "float64", "bfloat16", "float16"))  # fmt: skip
+    number.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
+    )
     number.add_argument("--amp", action="store_true", help="float32 under bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true", help="where the layer has it")
-    parser.add_argument("--measured-kernels", action="store_true",
-                        help="ssp.kernels.benchmark: the first pass chooses kernels")  # fmt: skip
+    parser.add_argument(
+        "--measured-kernels",
+        action="store_true",
+        help="ssp.kernels.benchmark: the first pass chooses kernels",
+    )
     parser.add_argument("--iterations", type=count, default=15, help="measurements of each side")
     parser.add_argument("--warmup", type=count, default=3, help="measurements before them")
     parser.add_argument("--output", type=Path, help="append the rows to this CSV")

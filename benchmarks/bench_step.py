@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import torch
+from arguments import KINDS, Parser, count, drop_rate, reader
 from networks import UNET, Network, classifiers
 from rich.console import Console
 from rich.progress import track
@@ -33,8 +34,6 @@ from rows import Row, Setting, append, check_header, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
-from ssprop_patch.cli.options import TYPES, Parser, count, drop_rate, reader
-from ssprop_patch.plan import DEFAULT_TYPES, FilterFn
 from ssprop_patch.timing import MODES, alternate, training_step
 
 # name:batch:pixels, what a small machine trains in a second or so
@@ -49,7 +48,7 @@ NETWORKS = (
     "mobilenetv3_small_100:16:160",
     "vit_tiny_patch16_224:8:224",
 )
-KINDS = {name.lower(): cls for name, cls in TYPES.items()}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what is converted if no types are named
 
 
 def measure(network: Network, args: argparse.Namespace) -> list[Row]:
@@ -78,10 +77,17 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     options += ["kernels=measured"] * args.measured_kernels
     options += [f"align={args.align}"] * (args.align > 1)
     setting = Setting.here(
-        device, name=network.name, shape=network.shape, dtype=torch.float32, amp=args.amp,
-        memory_format=layout, drop_rate=args.drop_rate, selection=args.selection,
-        options=" ".join(options), iterations=args.iterations,
-    )  # fmt: skip
+        device,
+        name=network.name,
+        shape=network.shape,
+        dtype=torch.float32,
+        amp=args.amp,
+        memory_format=layout,
+        drop_rate=args.drop_rate,
+        selection=args.selection,
+        options=" ".join(options),
+        iterations=args.iterations,
+    )
     return compare(setting, MODES, seconds, left, peaks=peaks)
 
 
@@ -93,12 +99,16 @@ def make_sparse(
     With ``measured_on``, an input, those layers that a plan measured on it chooses, maybe none.
     """
     model = copy.deepcopy(dense)
-    pays: FilterFn | None = None
+    pays: Callable[[nn.Module, str], bool] | None = None
     if measured_on is not None:
         as_timed = torch.compile(model) if args.compile else model
         with torch.autocast(measured_on.device.type, torch.bfloat16, enabled=args.amp):
             pays = ssp.plan(
-                as_timed, inputs=measured_on, types=_types(args), drop_rate=rate, measure=True,
+                as_timed,
+                inputs=measured_on,
+                types=_types(args),
+                drop_rate=rate,
+                measure=True,
                 align=args.align,
             ).pays
     heads = classifiers(model)
@@ -112,9 +122,14 @@ def make_sparse(
         return pays is None or pays(layer, name)
 
     return ssp.convert(
-        model, rate, types=_types(args), selection=args.selection, filter_fn=chosen,
-        strict=pays is None, align=args.align,
-    )  # fmt: skip
+        model,
+        rate,
+        types=_types(args),
+        selection=args.selection,
+        filter_fn=chosen,
+        strict=pays is None,
+        align=args.align,
+    )
 
 
 def flops_left(model: nn.Module, shape: Sequence[int], args: argparse.Namespace) -> float:
@@ -160,7 +175,7 @@ def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.devi
 
 
 def _types(args: argparse.Namespace) -> tuple[type[nn.Module], ...]:
-    return tuple(dict.fromkeys((*DEFAULT_TYPES, *(KINDS[kind] for kind in args.types))))
+    return tuple(dict.fromkeys((*CONVOLUTIONS, *(KINDS[kind] for kind in args.types))))
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -169,8 +184,14 @@ def show(rows: Sequence[Row], console: Console) -> None:
     plan, memory = (any(r.side == "plan" for r in rows), any(r.peak_memory_mib for r in rows))
     table.add_column("network")
     table.add_column("input")
-    columns = ["dense backward ms", "backward", "step", "limit (FLOPs)",
-               "backward, rate 0", "step, rate 0"]  # fmt: skip
+    columns = [
+        "dense backward ms",
+        "backward",
+        "step",
+        "limit (FLOPs)",
+        "backward, rate 0",
+        "step, rate 0",
+    ]
     columns += ["backward, plan", "step, plan"] * plan + ["memory"] * memory
     for column in columns:
         table.add_column(column, justify="right")
@@ -178,15 +199,17 @@ def show(rows: Sequence[Row], console: Console) -> None:
     for at in dict.fromkeys((r.name, r.shape) for r in rows):
 
         def shares(side: str, at: tuple[str, str] = at) -> list[str]:
-            return [f"{cells[(*at, side, mode)].share_of_dense:.4f}"
-                    for mode in ("backward", "step")]  # fmt: skip
+            return [
+                f"{cells[(*at, side, mode)].share_of_dense:.4f}" for mode in ("backward", "step")
+            ]
 
         dense, limit = cells[(*at, "dense", "backward")], cells[(*at, "sparse", "backward")].limit
         line = [f"{dense.p50_ms:.3f}", *shares("sparse"), f"{limit:.4f}", *shares("rate0")]
         line += shares("plan") if plan else []
         if memory:
-            sparse, whole = (cells[(*at, side, "step")].peak_memory_mib
-                             for side in ("sparse", "dense"))  # fmt: skip
+            sparse, whole = (
+                cells[(*at, side, "step")].peak_memory_mib for side in ("sparse", "dense")
+            )
             line.append(f"{sparse / whole:.4f}")
         table.add_row(*at, *line)
     console.print(table)
@@ -195,25 +218,44 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--network", type=reader(Network.parse), nargs="+",
-                        default=[Network.parse(text) for text in NETWORKS],
-                        metavar="NAME:BATCH:PIXELS", help=f"of timm, or {UNET}")  # fmt: skip
-    parser.add_argument("--types", type=str.lower, choices=KINDS, nargs="+", default=[],
-                        metavar="CLASS", help="convert these classes of layers, too: linear, "
-                        "convtranspose2d, ...; a linear classifier stays dense")  # fmt: skip
+    parser.add_argument(
+        "--network",
+        type=reader(Network.parse),
+        nargs="+",
+        default=[Network.parse(text) for text in NETWORKS],
+        metavar="NAME:BATCH:PIXELS",
+        help=f"of timm, or {UNET}",
+    )
+    parser.add_argument(
+        "--types",
+        type=str.lower,
+        choices=KINDS,
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="convert these classes of layers, too: linear, "
+        "convtranspose2d, ...; a linear classifier stays dense",
+    )
     parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
     parser.add_argument("--selection", default="l1", choices=("l1", "l2", "random"))
-    parser.add_argument("--align", type=count, default=1,
-                        help="round the number of kept channels up to a multiple")  # fmt: skip
+    parser.add_argument(
+        "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
-    parser.add_argument("--measured-plan", action="store_true",
-                        help="add the side plan: the layers that a plan chooses")  # fmt: skip
-    parser.add_argument("--measured-kernels", action="store_true",
-                        help="ssp.kernels.benchmark: the first step chooses kernels")  # fmt: skip
+    parser.add_argument(
+        "--measured-plan",
+        action="store_true",
+        help="add the side plan: the layers that a plan chooses",
+    )
+    parser.add_argument(
+        "--measured-kernels",
+        action="store_true",
+        help="ssp.kernels.benchmark: the first step chooses kernels",
+    )
     parser.add_argument("--iterations", type=count, default=15, help="steps of each side")
     parser.add_argument("--warmup", type=count, default=3, help="steps before them")
     parser.add_argument("--output", type=Path, help="append the rows to this CSV")

@@ -16,11 +16,10 @@ from classifier import data, models
 from classifier.batches import Batches
 from classifier.options import UserError, parse
 from classifier.training import evaluate
+from files import replacing, write_atomically
 from rich.progress import track
 
-from ssprop_patch import Meter, convert, plots
-from ssprop_patch._files import replacing, write_atomically
-from ssprop_patch.schedule_text import parse_schedule
+import ssprop_patch as ssp
 
 
 def main() -> None:
@@ -33,14 +32,18 @@ def main() -> None:
     )
     device = torch.device(options.device)
     batches = Batches(
-        images, batch_size=options.batch_size, device=device, channels=channels,
-        augment=options.augment, channels_last=options.channels_last,
-    )  # fmt: skip
+        images,
+        batch_size=options.batch_size,
+        device=device,
+        channels=channels,
+        augment=options.augment,
+        channels_last=options.channels_last,
+    )
     model.to(device, memory_format=batches.memory_format)
-    schedule, steps = parse_schedule(options.schedule), batches.steps_per_epoch
+    schedule, steps = ssp.parse_schedule(options.schedule), batches.steps_per_epoch
 
-    convert(model, schedule, steps_per_epoch=steps, selection=options.selection)
-    meter = Meter(model, channels_every=steps)
+    ssp.convert(model, schedule, steps_per_epoch=steps, selection=options.selection)
+    meter = ssp.Meter(model, channels_every=steps)
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     meter.log_to(folder / "scalars.csv", every=10)
@@ -64,9 +67,9 @@ def main() -> None:
     print(f"test accuracy {100 * correct:.1f} %")
     write_atomically(folder / "report.json", report.to_json(indent=1) + "\n")
     for name, figure in (
-        ("channels", plots.channels(meter.channels)),
-        ("flops", plots.flops_per_layer(report)),
-        ("schedule", plots.schedule(schedule, options.epochs, steps)),
+        ("channels", ssp.plots.channels(meter.channels)),
+        ("flops", ssp.plots.flops_per_layer(report)),
+        ("schedule", ssp.plots.schedule(schedule, options.epochs, steps)),
     ):
         with replacing(folder / f"{name}.png") as beside:
             figure.savefig(beside, format="png")

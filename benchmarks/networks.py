@@ -73,11 +73,14 @@ class UNet(nn.Module):
 
         super().__init__()
         self.unet = UNet2DModel(
-            sample_size=pixels, in_channels=3, out_channels=3, layers_per_block=2,
+            sample_size=pixels,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=2,
             block_out_channels=(128, 256, 256, 256),
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         timesteps = torch.arange(images.shape[0], device=images.device) * 7 % 1000

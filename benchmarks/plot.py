@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from arguments import Parser
+from files import replacing
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rows import Row, Setting, read
-
-from ssprop_patch._files import replacing
-from ssprop_patch.cli.options import Parser
 
 # Told apart by eyes that see few colours (Okabe and Ito); the sides by their markers, in grey too.
 _COLOURS = {"backward": "#0072B2", "step": "#D55E00", "both": "#D55E00"}
@@ -80,9 +79,11 @@ def draw(rows: Sequence[Row]) -> Figure:
 def _title(setting: Setting) -> str:
     machine = (setting.device, f"threads: {setting.threads}", f"torch {setting.torch}")
     how = (
-        setting.dtype, setting.memory_format,
-        f"drop rate {setting.drop_rate:g} by {setting.selection}", setting.options,
-    )  # fmt: skip
+        setting.dtype,
+        setting.memory_format,
+        f"drop rate {setting.drop_rate:g} by {setting.selection}",
+        setting.options,
+    )
     return ", ".join(machine) + "\n" + ", ".join(filter(None, how))
 
 
@@ -107,9 +108,16 @@ def _mark(axes: Axes, row: Row, y: float) -> None:
     low, high = (share * abs(p - row.p50_ms) / row.p50_ms for p in (row.p20_ms, row.p80_ms))
     colour = _COLOURS[row.mode]
     axes.errorbar(
-        share, y, xerr=[[low], [high]], color=colour, marker=_MARKERS[row.side], markersize=4.5,
-        capsize=2, linewidth=1, linestyle="none",
-    )  # fmt: skip
+        share,
+        y,
+        xerr=[[low], [high]],
+        color=colour,
+        marker=_MARKERS[row.side],
+        markersize=4.5,
+        capsize=2,
+        linewidth=1,
+        linestyle="none",
+    )
     if row.limit is not None:
         axes.plot(row.limit, y, color=colour, marker="|", markersize=9, markeredgewidth=1.8)
 
@@ -117,20 +125,43 @@ def _mark(axes: Axes, row: Row, y: float) -> None:
 def _legend(points: Sequence[Point]) -> list[Line2D]:
     sides: Mapping[str, str] = {"sparse": "", "plan": ", layers of a plan"}
     handles = [
-        Line2D([], [], color=_COLOURS[p.mode], marker=_MARKERS[p.side], markersize=4.5,
-               linestyle="none", label=_LABELS[p.mode] + sides[p.side])
+        Line2D(
+            [],
+            [],
+            color=_COLOURS[p.mode],
+            marker=_MARKERS[p.side],
+            markersize=4.5,
+            linestyle="none",
+            label=_LABELS[p.mode] + sides[p.side],
+        )
         for p in points
-    ]  # fmt: skip
-    return [*handles, Line2D([], [], color="#444444", marker="|", markersize=9,
-                             markeredgewidth=1.8, linestyle="none", label="limit")]  # fmt: skip
+    ]
+    return [
+        *handles,
+        Line2D(
+            [],
+            [],
+            color="#444444",
+            marker="|",
+            markersize=9,
+            markeredgewidth=1.8,
+            linestyle="none",
+            label="limit",
+        ),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="what the benchmarks wrote")
-    parser.add_argument("-o", "--output", type=Path, metavar="PICTURE",
-                        help="default: the name of the first CSV, with .png")  # fmt: skip
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PICTURE",
+        help="default: the name of the first CSV, with .png",
+    )
     args = parser.parse_args(arguments)
     output = args.output or args.csv[0].with_suffix(".png")
     try:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from files import append_rows, whole_rows
 
-from ssprop_patch._files import append_rows, lacks_header, whole_rows
 from ssprop_patch.timing import Quantiles, device_name
 
 
@@ -101,10 +101,29 @@ class Row(Setting):
 
 #: The columns, in order. Who computes what comes first, versions come last.
 FIELDS = (
-    "name", "device", "dtype", "memory_format", "shape", "drop_rate", "selection", "options",
-    "side", "mode", "p20_ms", "p50_ms", "p80_ms", "share_of_dense", "limit_ms", "kernel",
-    "peak_memory_mib", "iterations", "threads", "torch", "timm", "python",
-)  # fmt: skip
+    "name",
+    "device",
+    "dtype",
+    "memory_format",
+    "shape",
+    "drop_rate",
+    "selection",
+    "options",
+    "side",
+    "mode",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "share_of_dense",
+    "limit_ms",
+    "kernel",
+    "peak_memory_mib",
+    "iterations",
+    "threads",
+    "torch",
+    "timm",
+    "python",
+)
 _HEADER = ",".join(FIELDS) + "\r\n"
 
 
@@ -138,14 +157,18 @@ def compare(
             peak = (peaks or {}).get(side) if mode == modes[-1] else None
             rows.append(
                 Row(
-                    **asdict(setting), side=side, mode=mode,
-                    p20_ms=round(p20, 5), p50_ms=round(p50, 5), p80_ms=round(p80, 5),
+                    **asdict(setting),
+                    side=side,
+                    mode=mode,
+                    p20_ms=round(p20, 5),
+                    p50_ms=round(p50, 5),
+                    p80_ms=round(p80, 5),
                     share_of_dense=round(p50 / dense[mode], 4),
                     limit_ms=None if mode == "forward" else round(dense[mode] - spared, 5),
                     kernel=(kernels or {}).get(side, ""),
                     peak_memory_mib=None if peak is None else round(peak, 2),
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -174,7 +197,7 @@ def check_header(path: Path) -> bool:
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     content = path.read_bytes() if path.exists() else b""
-    if lacks_header(content, _HEADER):
+    if len(content) < len(_HEADER) and _HEADER.encode().startswith(content):
         return True
     text = (whole_rows(content) or content).decode()
     _compare_header(path, next(csv.reader(io.StringIO(text, newline="")), []))

@@ -3,27 +3,15 @@
 ``convert(model)`` gives its convolutions a sparse backward, ``revert(model)`` takes it off again.
 """
 
-from . import kernels, presets
-from .controller import SparsityController, get_controller
-from .convert import convert, converted, is_converted, revert
-from .copies import reverted_copy
-from .flops import Summary, summary
-from .metering import Meter, MeterReport
-from .plan import Plan, plan
-from .schedules import (
-    BarSchedule,
-    ConstantSchedule,
-    CosineSchedule,
-    LambdaSchedule,
-    LinearSchedule,
-    Schedule,
-    SequentialSchedule,
-    StepSchedule,
-)
-from .status import Status, status
-from .temporary import dense, paused, sparsity
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Public is what stands in __all__, here and in the modules that it names. Everything else, every
+# other module included, may change at any time.
 
 __all__ = [
     "BarSchedule",
@@ -43,15 +31,114 @@ __all__ = [
     "convert",
     "converted",
     "dense",
+    "functional",
     "get_controller",
+    "integrations",
     "is_converted",
     "kernels",
+    "metering",
+    "parse_schedule",
     "paused",
     "plan",
+    "plots",
     "presets",
     "revert",
     "reverted_copy",
     "sparsity",
     "status",
     "summary",
+    "timing",
 ]
+
+#: Where each of these is defined; they are imported when they are first used.
+_NAMES = {
+    "flops.count": ("summary",),
+    "flops.summary": ("Summary",),
+    "metering.meter": ("Meter",),
+    "metering.meter_report": ("MeterReport",),
+    "patching.convert": ("convert", "converted", "is_converted", "revert"),
+    "patching.copies": ("reverted_copy",),
+    "patching.plan": ("Plan",),
+    "patching.status": ("Status", "status"),
+    "schedule.contexts": ("dense", "paused", "sparsity"),
+    "schedule.controller": ("SparsityController", "get_controller"),
+    "schedule.parse": ("parse_schedule",),
+    "schedule.schedules": (
+        "BarSchedule",
+        "ConstantSchedule",
+        "CosineSchedule",
+        "LambdaSchedule",
+        "LinearSchedule",
+        "Schedule",
+        "SequentialSchedule",
+        "StepSchedule",
+    ),
+    "timing.measured_plan": ("plan",),
+}
+_MODULES = {
+    "functional": "functional",
+    "integrations": "integrations",
+    "kernels": "ops.autotune",
+    "metering": "metering",
+    "plots": "plots",
+    "presets": "schedule.presets",
+    "timing": "timing",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+for _name in _HOME:  # this module is reloaded: what it once looked up may be older than it is
+    globals().pop(_name, None)
+del _name
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found: Any = _module(_MODULES[name])
+    elif name in _HOME:
+        found = getattr(_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def _module(path: str) -> Any:
+    # The package may have been taken out of sys.modules and imported again; what this import of it
+    # has loaded is found among its own attributes.
+    found: Any = globals()
+    for part in path.split("."):
+        if part not in found:
+            return import_module(f"{__name__}.{path}")
+        module, found = found[part], vars(found[part])
+    return module
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+if TYPE_CHECKING:
+    from . import functional, integrations, metering, plots, timing
+    from .flops.count import summary
+    from .flops.summary import Summary
+    from .metering.meter import Meter
+    from .metering.meter_report import MeterReport
+    from .ops import autotune as kernels
+    from .patching.convert import convert, converted, is_converted, revert
+    from .patching.copies import reverted_copy
+    from .patching.plan import Plan
+    from .patching.status import Status, status
+    from .schedule import presets
+    from .schedule.contexts import dense, paused, sparsity
+    from .schedule.controller import SparsityController, get_controller
+    from .schedule.parse import parse_schedule
+    from .schedule.schedules import (
+        BarSchedule,
+        ConstantSchedule,
+        CosineSchedule,
+        LambdaSchedule,
+        LinearSchedule,
+        Schedule,
+        SequentialSchedule,
+        StepSchedule,
+    )
+    from .timing.measured_plan import plan

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import operations
 from ._validate import check_drop_rate
-from .autograd import needs_backward, sparse
-from .operations import Operation, Size
-from .selection import ScoreFn, Selection, kept_channels, resolve_selection
+from .core import operations
+from .core.geometry import Size
+from .core.operations import Operation
+from .core.selection import ScoreFn, Selection, kept_channels, resolve_selection
+from .ops.autograd import needs_backward, sparse
 
 __all__ = [
     "conv1d",

@@ -16,9 +16,11 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ._validate import check_count
+from .flops.summary import Summary
 from .metering import ChannelHistory, MeterReport
-from .report import Summary
-from .schedules import Schedule, as_schedule
+from .schedule.schedules import Schedule, as_schedule
+
+__all__ = ["accuracy", "channels", "flops_per_layer", "schedule"]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,11 +62,17 @@ def schedule(
     axes.stairs(rates, edges, color=_SPARSE, linewidth=1.5, baseline=None)
     axes.axhline(fmean(rates), color="#444444", linestyle="--", linewidth=1)
     axes.annotate(
-        f"mean {fmean(rates):.2f}", (1, fmean(rates)), (4, 0), xycoords=("axes fraction", "data"),
-        textcoords="offset points", va="center", color="#444444", annotation_clip=False,
-    )  # fmt: skip
+        f"mean {fmean(rates):.2f}",
+        (1, fmean(rates)),
+        (4, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        color="#444444",
+        annotation_clip=False,
+    )
     axes.set(xlim=(0, edges[-1]), ylim=(0, 1), xlabel="epoch", ylabel="drop rate")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # of MaxNLocator
     axes.grid(alpha=0.25)
     axes.set_title(_shortened(repr(plan)))
     return figure
@@ -101,9 +109,14 @@ def flops_per_layer(summary: Summary | MeterReport) -> Figure:
     for i, (_, dense, sparse, saved) in enumerate(rows):
         text = f"{-100 * saved:+.0f} %".replace("-", "\N{MINUS SIGN}") if dense != sparse else "0 %"
         axes.annotate(
-            text, (max(dense, sparse) / unit, i), (3, 0), textcoords="offset points",
-            va="center", fontsize=8, color="#444444",
-        )  # fmt: skip
+            text,
+            (max(dense, sparse) / unit, i),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color="#444444",
+        )
     axes.set_yticks(at, [name or "(model)" for name, *_ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first layer on top
     axes.set_xlim(0, 1.08 * longest / unit or 1)
@@ -113,10 +126,11 @@ def flops_per_layer(summary: Summary | MeterReport) -> Figure:
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    saved = f"{100 * summary.backward_saved:.1f} % of the backward saved"
-    figure.suptitle(f"{_shortened(title)}: {saved}", fontsize=11)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2,
-                  frameon=False)  # fmt: skip
+    share = f"{100 * summary.backward_saved:.1f} % of the backward saved"
+    figure.suptitle(f"{_shortened(title)}: {share}", fontsize=11)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False
+    )
     return figure
 
 
@@ -171,17 +185,30 @@ def accuracy(
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{what} so far ({prefix}{name})")
         axes.grid(alpha=0.25)
-    panels[0].set_ylim(*_range([100 * p["accuracy"] for s in curves.values() for run in s.values()
-                                for p in run[len(run) // 4 :]]))  # fmt: skip
+    panels[0].set_ylim(
+        *_range(
+            [
+                100 * p["accuracy"]
+                for s in curves.values()
+                for run in s.values()
+                for p in run[len(run) // 4 :]
+            ]
+        )
+    )
     panels[0].set_ylabel("test accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center",
-                  ncols=len(curves), frameon=False)  # fmt: skip
-    seeds = max(len(s) for s in curves.values())
-    if seeds > 1:
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(curves),
+        frameon=False,
+    )
+    most = max(len(s) for s in curves.values())
+    if most > 1:
         figure.supxlabel(
-            f"mean of {seeds} seeds; bars: sample standard deviation; thin lines: single seeds",
-            fontsize=8, color="#444444",
-        )  # fmt: skip
+            f"mean of {most} seeds; bars: sample standard deviation; thin lines: single seeds",
+            fontsize=8,
+            color="#444444",
+        )
     return figure
 
 
@@ -195,9 +222,16 @@ def _runs(axes: Any, runs: Sequence[Sequence[tuple[float, float]]], i: int, labe
     ends = list(zip(*(run[-1] for run in runs), strict=True))
     spread = dict(zip(("xerr", "yerr"), map(stdev, ends), strict=True)) if len(runs) > 1 else {}
     axes.errorbar(
-        *map(fmean, ends), **spread, color=colour, marker=marker, markersize=7, capsize=3,
-        linestyle="none", label=label, zorder=3,
-    )  # fmt: skip
+        *map(fmean, ends),
+        **spread,
+        color=colour,
+        marker=marker,
+        markersize=7,
+        capsize=3,
+        linestyle="none",
+        label=label,
+        zorder=3,
+    )
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -239,15 +273,20 @@ def channels(history: ChannelHistory, layers: Sequence[str] | None = None) -> Fi
     figure = _figure(1.2 + 1.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     colours = _colour_map()
-    image = None
+    image: Any = None
     for name, axes in zip(names, grid.flat, strict=False):
         share, found = shares[name], winners[name]
         order = share.nanmean(0).argsort(descending=True)
         end = len(share) * history.every
         image = axes.imshow(
-            share[:, order].t().numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto",
-            interpolation="nearest", extent=(0, end, found.channels, 0),
-        )  # fmt: skip
+            share[:, order].t().numpy(),
+            cmap=colours,
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0, end, found.channels, 0),
+        )
         axes.set_title(
             f"{name}\nthe same {found.kept} of {found.channels}: {100 * found.top_share:.0f} %"
             + (f"; never trained: {100 * found.never:.0f} %" if found.never else ""),

@@ -1,9 +1,16 @@
 """What all tests share: one thread, one seed, the same examples every time, no downloads."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for pretrained weights fails here
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+if "SSPROP_PATCH_CACHE" not in os.environ:  # which workers, and processes that tests start, inherit
+    os.environ["SSPROP_PATCH_CACHE"] = tempfile.mkdtemp(prefix="ssprop_patch_tests_")
+    atexit.register(shutil.rmtree, os.environ["SSPROP_PATCH_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
@@ -15,6 +22,65 @@ torch.set_num_threads(1)
 # The same examples in every run: what fails in one place fails in all.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+# Helpers whose assertions are shown as those of tests are.
+pytest.register_assert_rewrite(
+    "oracle",
+    "ops.convolutions",
+    "ops.lazy_grad.norms",
+    "patching.networks",
+    "tools.compiled",
+    "tools.kinds",
+)
+
+# What pytest -m quick runs, besides what is marked in its own file: modules and folders of whose
+# tests hardly one takes a second.
+QUICK = [
+    "test_functional.py",
+    "test_house.py",
+    "core",
+    "schedule",
+    "ops/test_channel_choice.py",
+    "ops/test_dense_or_sparse.py",
+    "ops/test_higher_derivatives.py",
+    "ops/test_nan_and_inf.py",
+    "ops/lazy_grad/test_norm_readers.py",
+    "ops/triton_kernels/test_refusals.py",
+    "patching/test_choosing_layers.py",
+    "patching/test_convert.py",
+    "patching/test_converted.py",
+    "patching/test_families.py",
+    "patching/test_identity.py",
+    "patching/test_plan.py",
+    "patching/test_refusals.py",
+    "patching/test_revert.py",
+    "patching/test_types.py",
+    "flops/test_summary.py",
+    "metering/test_channels.py",
+    "metering/test_flops.py",
+    "metering/test_report.py",
+    "metering/test_state.py",
+    "timing/test_measured_plan.py",
+    "timing/test_steps.py",
+    "training/test_by_hand.py",
+    "tools/test_weight_changes.py",
+    "tools/test_wrapped_forward.py",
+    "integrations/test_imports.py",
+    "cli/test_schedule.py",
+    "training/test_memory_format.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is quick."""
+    quick = [Path(__file__).parent / name for name in QUICK]
+    missing = [str(path) for path in quick if not path.exists()]
+    if missing:
+        raise pytest.UsageError(f"QUICK in {__file__} names what is not there: {missing}")
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in quick):
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)

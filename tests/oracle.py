@@ -85,9 +85,16 @@ def gradients(x, w, b, dy, keep, *, stride=1, padding=0, dilation=1, groups=1):
     dims = w.dim() - 2
     if x.dim() == dims + 1:
         dx, dw, db = gradients(
-            x[None], w, b, dy[None], keep,
-            stride=stride, padding=padding, dilation=dilation, groups=groups,
-        )  # fmt: skip
+            x[None],
+            w,
+            b,
+            dy[None],
+            keep,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
         return dx[0], dw, db
     stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
     # All padding is put on by hand, so that strings need no rule of the convolution.
@@ -103,9 +110,18 @@ def gradients(x, w, b, dy, keep, *, stride=1, padding=0, dilation=1, groups=1):
     pads = [n for pair in reversed(list(zip(before, after, strict=True))) for n in pair]
     padded = F.pad(x, pads)
     dx, dw, db = torch.ops.aten.convolution_backward(
-        mask(dy, keep), padded, w, [w.shape[0]], stride, [0] * dims, dilation, False, [0] * dims,
-        groups, [True, True, True],
-    )  # fmt: skip
+        mask(dy, keep),
+        padded,
+        w,
+        [w.shape[0]],
+        stride,
+        [0] * dims,
+        dilation,
+        False,
+        [0] * dims,
+        groups,
+        [True, True, True],
+    )
     for dim, (start, length) in enumerate(zip(before, size, strict=True), start=2):
         dx = dx.narrow(dim, start, length)
     return dx, dw, None if b is None else db

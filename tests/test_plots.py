@@ -34,11 +34,18 @@ def history(rate=0.5, steps=4, every=1, net=small, **kwargs):
 
 
 RUNS = [
-    {"method": m, "seed": s, "accuracy": 0.5 + 0.1 * i + 0.05 * e + 0.01 * s,
-     "flops": (e + 1) * (3e12 - i * 1e12), "seconds": (e + 1) * (10.0 - i) + s,
-     "joules": (e + 1) * 700.0}
-    for i, m in enumerate(["dense", "ssprop"]) for s in range(3) for e in range(4)
-]  # fmt: skip
+    {
+        "method": m,
+        "seed": s,
+        "accuracy": 0.5 + 0.1 * i + 0.05 * e + 0.01 * s,
+        "flops": (e + 1) * (3e12 - i * 1e12),
+        "seconds": (e + 1) * (10.0 - i) + s,
+        "joules": (e + 1) * 700.0,
+    }
+    for i, m in enumerate(["dense", "ssprop"])
+    for s in range(3)
+    for e in range(4)
+]
 
 
 def texts_of(figure):
@@ -163,10 +170,14 @@ def test_accuracy_has_a_panel_for_each_cost_and_a_mean_for_each_method():
     assert [u.rpartition("(")[2] for u in units] == ["TFLOP)", "s)", "J)"]
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ["dense", "ssProp"]
-    for axes, cost, unit in zip(figure.axes, ["flops", "seconds", "joules"], [1e12, 1, 1],
-                                strict=True):  # fmt: skip
-        means = [line for line in axes.lines if line.get_linewidth() == 1.5
-                 and line.get_linestyle() == "-"]  # fmt: skip
+    for axes, cost, unit in zip(
+        figure.axes, ["flops", "seconds", "joules"], [1e12, 1, 1], strict=True
+    ):
+        means = [
+            line
+            for line in axes.lines
+            if line.get_linewidth() == 1.5 and line.get_linestyle() == "-"
+        ]
         for line, method in zip(means, ["dense", "ssprop"], strict=True):
             runs = [[r for r in RUNS if (r["method"], r["seed"]) == (method, s)] for s in range(3)]
             xs = [fmean(r[cost] / unit for r in same) for same in zip(*runs, strict=True)]
@@ -196,8 +207,10 @@ def test_accuracy_from_a_csv_file_is_that_of_its_rows(tmp_path):
 
 
 def test_runs_with_one_row_each_and_a_cost_that_some_lack():
-    rows = [{"method": m, "accuracy": 0.9, "flops": 1e9, "joules": j} for m, j in
-            [("a", 3.0), ("b", None)]]  # fmt: skip
+    rows = [
+        {"method": m, "accuracy": 0.9, "flops": 1e9, "joules": j}
+        for m, j in [("a", 3.0), ("b", None)]
+    ]
     figure = plots.accuracy(rows)
     assert [axes.get_xlabel() for axes in figure.axes] == ["forward and backward so far (GFLOP)"]
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+import ssprop_patch as ssp
 from classifier import costs, data, models, plot, results, table, training
 from classifier.batches import Batches
 from classifier.options import METHODS, Options, UserError
 from classifier.store import Store
 from classifier.training import Run
-from ssprop_patch.schedule_text import parse_schedule
 
 
 class Benchmark:
@@ -32,7 +32,7 @@ class Benchmark:
         self.console = Console(width=None if sys.stdout.isatty() else 140)
         self.device = open_device(options.device)
         try:
-            self.schedule = parse_schedule(options.schedule)
+            self.schedule = ssp.parse_schedule(options.schedule)
         except ValueError as error:
             raise UserError(f"--schedule {error}") from error
         models.resolve(options.model)

@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssprop_patch as ssp
 from classifier.options import METHODS, UserError
-from ssprop_patch.plan import DEFAULT_TYPES
-from ssprop_patch.selection import kept_channels
 
 # So near 1 that of any number of channels one is kept.
 _HIGHEST = 1 - 1e-12
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what is converted if no types are named
 
 
 class StepCost:
@@ -41,7 +40,7 @@ class StepCost:
         model: nn.Module,
         inputs: tuple[int, ...] | tuple[Tensor, ...],
         *,
-        types: Sequence[type[nn.Module]] = DEFAULT_TYPES,
+        types: Sequence[type[nn.Module]] = CONVOLUTIONS,
         exclude: Sequence[str] = (),
         overrides: Mapping[str, float] | None = None,
     ) -> None:
@@ -71,7 +70,8 @@ class StepCost:
             own = self._own_rates.get(layer.name) if drop_rate > 0 else None
             choices = layer.kept  # one channel is kept of each group that is chosen from
             each = layer.channels // choices
-            kept = kept_channels(each, drop_rate if own is None else own) * choices
+            rate = drop_rate if own is None else own
+            kept = max(1, int((1 - rate) * each + 0.5)) * choices
             if layer.name not in self._own_rates or kept == layer.channels:
                 total += layer.dense_backward
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,36 +12,8 @@ from torchvision import datasets
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional as TF
 
-from classifier.batches import Files, Images
+from classifier.images import Data, Files, Images
 from classifier.options import Options, UserError
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a model is trained and tested on.
-
-    Attributes:
-        train, test: Images as uint8, of ``stored_size``.
-        size: Side of the square that the model sees.
-        pad: Black pixels added on each side before a crop of ``size`` is taken.
-        flip: Whether a mirrored image is still one of its class.
-        mean, std: Of each channel, in [0, 1].
-    """
-
-    name: str
-    classes: int
-    train: Images | Files
-    test: Images | Files
-    size: int
-    pad: int
-    flip: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def channels(self) -> int:
-        """Return 1 for grey and 3 for colour images."""
-        return len(self.mean)
 
 
 def load(options: Options) -> Data:

@@ -11,13 +11,14 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from filelock import FileLock
+from files import replacing
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
 
-from classifier.checkpoint import replacing
-from classifier.data import TORCHVISION, Data, Labelled, digits, from_torchvision, in_memory
+from classifier.data import TORCHVISION, Labelled, digits, from_torchvision, in_memory
+from classifier.images import Data
 from classifier.options import UserError
 
 _PARTS = {"train": "train", "test": "test", "val": "test", "valid": "test"}
@@ -132,8 +133,11 @@ def _stamp(place: Path) -> str:
     """Return a digest that changes when a file of the folder, or the archive, does."""
     try:
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        facts = [(str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns)
-                 for f in files if f.is_file()]  # fmt: skip
+        facts = [
+            (str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns)
+            for f in files
+            if f.is_file()
+        ]
     except OSError as error:
         raise UserError(f"--data-dir {place}: {error.strerror or error}") from error
     if not facts:

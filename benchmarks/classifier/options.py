@@ -69,7 +69,7 @@ class Options:
     resume: bool
     overwrite: bool
     traceback: bool
-    # What study.py varies beside these; the command line has no words for them.
+    # What run_study.py varies beside these; the command line has no words for them.
     types: tuple[str, ...] = ("Conv1d", "Conv2d", "Conv3d")  # converted classes of torch.nn
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, float], ...] = ()  # pattern, drop rate
@@ -85,8 +85,18 @@ class Options:
         how they are read.
         """
         values = dataclasses.asdict(self)
-        for name in ("data_dir", "download", "stream", "workers", "seeds", "methods", "output",
-                     "resume", "overwrite", "traceback"):  # fmt: skip
+        for name in (
+            "data_dir",
+            "download",
+            "stream",
+            "workers",
+            "seeds",
+            "methods",
+            "output",
+            "resume",
+            "overwrite",
+            "traceback",
+        ):
             del values[name]
         return values
 

@@ -12,8 +12,9 @@ matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
 import numpy as np
+from files import replacing
+from matplotlib.figure import Figure
 
-from classifier.checkpoint import replacing
 from classifier.options import METHODS
 
 # Told apart by eyes that see few colours, and in grey by their markers.
@@ -22,8 +23,16 @@ _LOOKS = {"dense": ("#444444", "o"), "ssprop": ("#0072B2", "s"), "dense-equal": 
 
 def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write the picture of finished runs to ``path``."""
-    figure = plt.figure(figsize=(10, 6.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.6, 1))
+    drawn = figure(results)
+    with replacing(path) as temporary:
+        drawn.savefig(temporary, dpi=150, format="png")
+    plt.close(drawn)
+
+
+def figure(results: Sequence[dict[str, Any]]) -> Figure:
+    """Return the picture of finished runs."""
+    drawn = plt.figure(figsize=(10, 6.6), layout="constrained")
+    top, bottom = drawn.subfigures(2, 1, height_ratios=(2.6, 1))
     left, right = top.subplots(1, 2, sharey=True)
     row = results[0]["row"]
     most = max(r["row"]["total_flops"] for r in results)
@@ -44,11 +53,9 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     over = "one seed"
     if seeds > 1:
         over = f"mean of {seeds} seeds, bars: sample standard deviation, thin lines: single seeds"
-    figure.suptitle(f"{row['model']} on {row['data']}, {row['device_name']}\n{over}", fontsize=11)
+    drawn.suptitle(f"{row['model']} on {row['data']}, {row['device_name']}\n{over}", fontsize=11)
     _rates(bottom.subplots(), methods, results)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
+    return drawn
 
 
 def _curve(axes: Any, method: str, runs: Sequence[dict[str, Any]], x: str, scale: float) -> None:
@@ -60,9 +67,17 @@ def _curve(axes: Any, method: str, runs: Sequence[dict[str, Any]], x: str, scale
     axes.plot(xs.mean(0), ys.mean(0), color=colour, linewidth=1.5)
     spread = {"xerr": xs[:, -1].std(ddof=1), "yerr": ys[:, -1].std(ddof=1)} if len(runs) > 1 else {}
     axes.errorbar(
-        xs[:, -1].mean(), ys[:, -1].mean(), **spread, color=colour, marker=marker, markersize=8,
-        capsize=3, linestyle="none", label=METHODS[method].label, zorder=3,
-    )  # fmt: skip
+        xs[:, -1].mean(),
+        ys[:, -1].mean(),
+        **spread,
+        color=colour,
+        marker=marker,
+        markersize=8,
+        capsize=3,
+        linestyle="none",
+        label=METHODS[method].label,
+        zorder=3,
+    )
     axes.grid(alpha=0.25)
 
 
@@ -84,9 +99,12 @@ def _rates(axes: Any, methods: Sequence[str], results: Sequence[dict[str, Any]])
         starts = [step / per_epoch for step, _ in result["rates"]]
         rates = [rate for _, rate in result["rates"]]
         axes.step(
-            [*starts, row["epochs"]], [*rates, rates[-1]], where="post",
-            color=_LOOKS[method][0], label=METHODS[method].label,
-        )  # fmt: skip
+            [*starts, row["epochs"]],
+            [*rates, rates[-1]],
+            where="post",
+            color=_LOOKS[method][0],
+            label=METHODS[method].label,
+        )
         last = max(last, row["epochs"])
     axes.set_xlim(0, last)
     axes.set_ylim(-0.05, 1.0)

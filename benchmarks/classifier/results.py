@@ -12,11 +12,11 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from files import replacing
 
 import ssprop_patch as ssp
 from classifier import clock as clocks
 from classifier.batches import Batches
-from classifier.checkpoint import replacing
 from classifier.costs import StepCost
 from classifier.options import Options
 from classifier.training import Run, Trained, fingerprint

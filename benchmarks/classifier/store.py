@@ -33,9 +33,15 @@ class Store:
                 settles.
         """
         # Through JSON and back, so that it compares with what was read.
-        wanted = json.loads(json.dumps({"of_a_run": options.of_a_run() | facts,
-                                        "methods": options.methods,
-                                        "seeds": options.seeds}))  # fmt: skip
+        wanted = json.loads(
+            json.dumps(
+                {
+                    "of_a_run": options.of_a_run() | facts,
+                    "methods": options.methods,
+                    "seeds": options.seeds,
+                }
+            )
+        )
         file = self.state / "benchmark.json"
         try:
             if options.overwrite:

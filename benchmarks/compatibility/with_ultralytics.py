@@ -58,10 +58,24 @@ def run(prepare: Callable[[nn.Module], object], data: str, folder: str):
     yolo.add_callback("on_pretrain_routine_end", begin)
     before = yolo.model
     yolo.train(
-        data=data, epochs=2, imgsz=32, batch=4, nbs=4, device="cpu", workers=0, plots=False,
-        amp=False, optimizer="SGD", lr0=0.001, warmup_epochs=0, seed=0, project=folder, name="run",
-        exist_ok=True, verbose=False,
-    )  # fmt: skip
+        data=data,
+        epochs=2,
+        imgsz=32,
+        batch=4,
+        nbs=4,
+        device="cpu",
+        workers=0,
+        plots=False,
+        amp=False,
+        optimizer="SGD",
+        lr0=0.001,
+        warmup_epochs=0,
+        seed=0,
+        project=folder,
+        name="run",
+        exist_ok=True,
+        verbose=False,
+    )
     return yolo, before, trained[0]
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from classifier import training
 from classifier.batches import Batches
-from classifier.checkpoint import replacing
-from classifier.data import Data
 from classifier.decoded import Source
+from classifier.images import Data
 from classifier.options import UserError
 from classifier.training import Run
 from filelock import FileLock
+from files import replacing
 from study import runs as classifiers
 from study.settings import Settings as ClassifierSettings
 from torch import Tensor, nn

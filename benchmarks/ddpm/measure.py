@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from classifier.batches import Batches, Images
-from classifier.checkpoint import replacing
+from classifier.batches import Batches
+from classifier.images import Images
+from files import replacing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF

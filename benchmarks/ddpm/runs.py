@@ -20,22 +20,46 @@ from classifier.batches import Batches
 from classifier.benchmark import open_device
 from classifier.options import UserError
 from classifier.training import fingerprint
+from processes import context
 from rich.console import Console
 from study.rows import Rows, claim
 from study.runs import MACHINE, machine
 from study.settings import cells
 
+import ssprop_patch as ssp
 from ddpm import distance, measure, model, training
 from ddpm.settings import NAMES, Settings, runs
-from ssprop_patch.schedule_text import parse_schedule
 
 RESULTS = (
-    "steps", "steps_per_epoch", "trained_epochs", "mean_drop_rate", "parameters", "train_loss",
-    "held_out_loss", "held_out_loss_not_averaged", "distance", "distance_of_real",
-    "feature_accuracy", "forward_flops", "backward_flops", "total_flops", "train_s", "warm_up_s",
-    "forward_s", "backward_s", "step_s", "train_images", "test_images", "origin", "digest",
-    "weights", "picture", *MACHINE, "diffusers", "torchmetrics",
-)  # fmt: skip
+    "steps",
+    "steps_per_epoch",
+    "trained_epochs",
+    "mean_drop_rate",
+    "parameters",
+    "train_loss",
+    "held_out_loss",
+    "held_out_loss_not_averaged",
+    "distance",
+    "distance_of_real",
+    "feature_accuracy",
+    "forward_flops",
+    "backward_flops",
+    "total_flops",
+    "train_s",
+    "warm_up_s",
+    "forward_s",
+    "backward_s",
+    "step_s",
+    "train_images",
+    "test_images",
+    "origin",
+    "digest",
+    "weights",
+    "picture",
+    *MACHINE,
+    "diffusers",
+    "torchmetrics",
+)
 FIELDS = ("id", *NAMES, *RESULTS)
 
 
@@ -53,8 +77,9 @@ def share_out(args: argparse.Namespace) -> None:
     if args.jobs == 1:
         run_all(args)
         return
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_enter, args=(args,)) for _ in range(args.jobs)]
+    processes = [
+        context("ddpm.runs").Process(target=_enter, args=(args,)) for _ in range(args.jobs)
+    ]
     for process in processes:
         process.start()
     try:
@@ -128,9 +153,13 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def _run(
-    settings: Settings, source: decoded.Source, device: torch.device, checkpoint: Path,
-    args: argparse.Namespace, show: Any,
-) -> dict[str, Any]:  # fmt: skip
+    settings: Settings,
+    source: decoded.Source,
+    device: torch.device,
+    checkpoint: Path,
+    args: argparse.Namespace,
+    show: Any,
+) -> dict[str, Any]:
     # In [-1, 1], mirrored but not cropped.
     data = source.data(settings.share, settings.seed)
     colours = data.channels
@@ -151,7 +180,7 @@ def _run(
     net = model.build(settings, colours)
     cost = costs.StepCost(net, model.inputs(settings, colours), exclude=settings.exclude)
     steps = settings.epochs * batches.steps_per_epoch
-    schedule = parse_schedule(settings.schedule) if settings.schedule else None
+    schedule = ssp.parse_schedule(settings.schedule) if settings.schedule else None
     if settings.method == "dense-equal-compute":
         per_t = 1 if schedule.interval == "step" else batches.steps_per_epoch
         steps = costs.equal_steps(cost, [schedule(step // per_t) for step in range(steps)])

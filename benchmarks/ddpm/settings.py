@@ -127,8 +127,18 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     add("--table", action="store_true", help="only print what is finished")
     # fmt: on
     args = parser.parse_args(arguments)
-    low = {"seeds": 1, "image_size": 1, "blocks": 1, "epochs": 1, "batch_size": 1, "jobs": 1,
-           "held_out": 1, "samples": 2, "sample_steps": 1, "feature_epochs": 1}  # fmt: skip
+    low = {
+        "seeds": 1,
+        "image_size": 1,
+        "blocks": 1,
+        "epochs": 1,
+        "batch_size": 1,
+        "jobs": 1,
+        "held_out": 1,
+        "samples": 2,
+        "sample_steps": 1,
+        "feature_epochs": 1,
+    }
     for name, least in low.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")

@@ -11,11 +11,11 @@ matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
 from classifier.table import spread
+from files import replacing, write_atomically
 from rich.table import Table
 from study.rows import Rows
 
 from ddpm.distance import CAVEAT
-from ssprop_patch._files import replacing, write_atomically
 
 _COLUMNS = (
     ("epochs", "trained_epochs", 1.0, ".4g"),

@@ -60,36 +60,50 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Any]:
     )
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument(
-        "--drop-rate", type=float, metavar="D",
+        "--drop-rate",
+        type=float,
+        metavar="D",
         help="BarSchedule(D): every other epoch drops this fraction of the channels (default: 0.8)",
-    )  # fmt: skip
+    )
     rate.add_argument(
-        "--schedule", metavar="TEXT",
+        "--schedule",
+        metavar="TEXT",
         help="any schedule that counts epochs, as 'CosineSchedule(0.0, 0.8, total=90)', or a "
         "number for a constant drop rate",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN",
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
         help="convolutions to leave dense, as for ssprop_patch.convert; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--selection", choices=("l1", "l2"), default="l1",
+        "--selection",
+        choices=("l1", "l2"),
+        default="l1",
         help="how channels are scored (default: %(default)s, the paper's)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--factory", action="append", metavar="MODULE.NAME",
+        "--factory",
+        action="append",
+        metavar="MODULE.NAME",
         help="what the script calls to build its network; may be repeated "
         f"(default: {' and '.join(FACTORIES)})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--epoch-function", default="train_one_epoch", metavar="[MODULE.]NAME",
+        "--epoch-function",
+        default="train_one_epoch",
+        metavar="[MODULE.]NAME",
         help="what the script calls to train one epoch: a name in the script, or in a module that "
         "it imports (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--epoch-argument", default="epoch", metavar="NAME",
+        "--epoch-argument",
+        default="epoch",
+        metavar="NAME",
         help="that function's parameter for the number of the epoch (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     options = parser.parse_args(arguments)
@@ -97,11 +111,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Any]:
         parser.error(f"there is no file {options.script!r}")
 
     import ssprop_patch as ssp  # not before: --help need not wait for torch
-    from ssprop_patch.schedule_text import parse_schedule
 
     try:
         if options.schedule is not None:
-            schedule = parse_schedule(options.schedule)
+            schedule = ssp.parse_schedule(options.schedule)
         else:
             schedule = ssp.BarSchedule(0.8 if options.drop_rate is None else options.drop_rate)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The command line of ``study.py``."""
+"""The command line of ``run_study.py``."""
 
 from __future__ import annotations
 
@@ -9,39 +9,70 @@ import time
 from pathlib import Path
 
 from classifier.options import UserError
+from files import write_atomically
 from rich.console import Console
 from rich.table import Table
-
-from ssprop_patch._files import write_atomically
 
 
 def options(description: str, arguments: list[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(
-        prog="study.py", description=description, allow_abbrev=False,
+        prog="run_study.py",
+        description=description,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("study", type=Path, help="the TOML file that says which runs there are")
-    add("--output", type=Path, metavar="FOLDER",
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
         help="of runs.csv, the table, the picture and the state of unfinished runs (default: "
-        "runs/STUDY); what is finished there is not trained again")  # fmt: skip
-    add("--data-dir", type=Path, metavar="PATH",
+        "runs/STUDY); what is finished there is not trained again",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="PATH",
         help="torchvision's folder (default: data), or a folder or tar archive with "
-        "train/CLASS/*.jpg and test/CLASS/*.jpg")  # fmt: skip
-    add("--cache-dir", type=Path, metavar="PATH",
-        help="where decoded images are kept (default: cache in the output folder)")  # fmt: skip
+        "train/CLASS/*.jpg and test/CLASS/*.jpg",
+    )
+    add(
+        "--cache-dir",
+        type=Path,
+        metavar="PATH",
+        help="where decoded images are kept (default: cache in the output folder)",
+    )
     add("--download", action="store_true", help="let torchvision download the data")
-    add("--device", nargs="+", default=["cpu"], metavar="DEVICE",
-        help="cpu (default), cuda:0 cuda:1, ...: each gets --jobs processes")  # fmt: skip
-    add("--jobs", type=int, default=1, metavar="N",
-        help="processes on each device, which share the runs (default: 1)")  # fmt: skip
-    add("--threads", type=int, metavar="N",
-        help="of each process (default: 1 if there are several, else torch's)")  # fmt: skip
+    add(
+        "--device",
+        nargs="+",
+        default=["cpu"],
+        metavar="DEVICE",
+        help="cpu (default), cuda:0 cuda:1, ...: each gets --jobs processes",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on each device, which share the runs (default: 1)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of each process (default: 1 if there are several, else torch's)",
+    )
     add("--stop-after", type=float, metavar="MINUTES", help="begin no run after so long")
-    add("--results", type=Path, metavar="FOLDER",
+    add(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
         help="where to write the table, the picture and a runs.csv with this study's rows alone "
-        "(default: table and picture into the output folder)")  # fmt: skip
+        "(default: table and picture into the output folder)",
+    )
     add("--list", action="store_true", help="only list the runs, and which are finished")
     add("--table", action="store_true", help="only print the tables of what is finished")
     add("--plot", action="store_true", help="only draw the picture of what is finished")
@@ -90,8 +121,14 @@ def _main(args: argparse.Namespace) -> int:
     if not (args.table or args.plot):
         _check(study)
         failed = workers.share_out(study, place, args.device, args.jobs, args.threads)
-    _report(study, place, console, args.results, tables=args.table or not args.plot,
-            picture=args.plot or not args.table)  # fmt: skip
+    _report(
+        study,
+        place,
+        console,
+        args.results,
+        tables=args.table or not args.plot,
+        picture=args.plot or not args.table,
+    )
     return 1 if failed else 0
 
 

@@ -8,9 +8,16 @@ from study.settings import Settings
 
 #: What belongs to a method; all other settings but the seed are the conditions it works under.
 OF_A_METHOD = (
-    "method", "schedule", "selection", "types", "exclude", "overrides",
-    "dropout", "weight_decay", "label_smoothing",
-)  # fmt: skip
+    "method",
+    "schedule",
+    "selection",
+    "types",
+    "exclude",
+    "overrides",
+    "dropout",
+    "weight_decay",
+    "label_smoothing",
+)
 REGULARISERS = ("dropout", "weight_decay", "label_smoothing")
 _DEFAULT = Settings()
 

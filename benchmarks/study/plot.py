@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
-from classifier.checkpoint import replacing
+from files import replacing
+from matplotlib.figure import Figure
 
 from study.frontier import frontier
 from study.groups import Condition, Method
@@ -31,12 +32,26 @@ _LINE = 0.16  # inches of a line of the list of methods
 
 
 def draw(path: Path, conditions: Sequence[Condition], name: str) -> None:
-    """Write the picture to ``path``: for each condition two panels and the list of its methods."""
+    """Write the picture to ``path``."""
+    drawn = figure(conditions, name)
+    with replacing(path) as temporary:
+        drawn.savefig(temporary, dpi=130, format="png")
+    plt.close(drawn)
+
+
+def figure(conditions: Sequence[Condition], name: str) -> Figure:
+    """Return the picture: for each condition two panels and the list of its methods."""
     heights = [max(3.6, 0.4 + _LINE * _lines(condition)) for condition in conditions]
-    figure, axes = plt.subplots(
-        len(conditions), 3, figsize=(13.5, 0.8 + sum(heights)), sharey="row", squeeze=False,
-        layout="constrained", height_ratios=heights, width_ratios=(1, 1, 0.75),
-    )  # fmt: skip
+    drawn, axes = plt.subplots(
+        len(conditions),
+        3,
+        figsize=(13.5, 0.8 + sum(heights)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
+        width_ratios=(1, 1, 0.75),
+    )
     shown: dict[str, Any] = {}
     for condition, (left, right, names) in zip(conditions, axes, strict=True):
         _panel(left, condition, "total_flops", shown)
@@ -46,11 +61,9 @@ def draw(path: Path, conditions: Sequence[Condition], name: str) -> None:
         left.set_ylabel("test accuracy (%)")
         left.set_title(condition.label, fontsize=8, loc="left")
         _list(names, condition)
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{name}: mean over seeds, bars: sample standard deviation", fontsize=10)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
+    drawn.suptitle(f"{name}: mean over seeds, bars: sample standard deviation", fontsize=10)
+    return drawn
 
 
 def _panel(axes: Any, condition: Condition, cost: str, shown: dict[str, Any]) -> None:
@@ -59,26 +72,50 @@ def _panel(axes: Any, condition: Condition, cost: str, shown: dict[str, Any]) ->
         kind = _kind(method)
         colour, marker = _LOOKS[kind]
         axes.errorbar(
-            x, y, xerr=_spread(method, cost), yerr=100 * _spread(method, "accuracy"),
-            color=colour, alpha=0.35, linestyle="none", zorder=2,
-        )  # fmt: skip
+            x,
+            y,
+            xerr=_spread(method, cost),
+            yerr=100 * _spread(method, "accuracy"),
+            color=colour,
+            alpha=0.35,
+            linestyle="none",
+            zorder=2,
+        )
         # The number in the marker is the method's in the list: labels would cover each other.
         (shown[kind],) = axes.plot(
-            x, y, color=colour, marker=marker, markersize=12 if marker in "^v" else 11,
-            markeredgecolor="white", linestyle="none", zorder=3,
-        )  # fmt: skip
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            markersize=12 if marker in "^v" else 11,
+            markeredgecolor="white",
+            linestyle="none",
+            zorder=3,
+        )
         middle = {"^": -1.5, "v": 1.5}.get(marker, 0)  # of a triangle
         axes.annotate(
-            str(number), (x, y), (0, middle), textcoords="offset points", color="white",
-            fontsize=6.5, weight="bold", zorder=4, ha="center", va="center_baseline",
-        )  # fmt: skip
+            str(number),
+            (x, y),
+            (0, middle),
+            textcoords="offset points",
+            color="white",
+            fontsize=6.5,
+            weight="bold",
+            zorder=4,
+            ha="center",
+            va="center_baseline",
+        )
     best = frontier(points)
     # To the dearest point: what costs more than the best one is worth no more.
     corners = [points[i] for i in best] + [(max(x for x, _ in points), points[best[-1]][1])]
     (line,) = axes.plot(
-        [x for x, _ in corners], [y for _, y in corners],
-        drawstyle="steps-post", color="#CC79A7", linewidth=1.5, zorder=1,
-    )  # fmt: skip
+        [x for x, _ in corners],
+        [y for _, y in corners],
+        drawstyle="steps-post",
+        color="#CC79A7",
+        linewidth=1.5,
+        zorder=1,
+    )
     shown["Pareto frontier"] = line
     axes.margins(0.12)
     axes.grid(alpha=0.25)
@@ -98,9 +135,16 @@ def _list(axes: Any, condition: Condition) -> None:
     down = 0.0
     for text, colour in lines:
         axes.annotate(
-            text, (0, 1), (0, down), xycoords="axes fraction", textcoords="offset points",
-            va="top", fontsize=7, family="monospace", color=colour,
-        )  # fmt: skip
+            text,
+            (0, 1),
+            (0, down),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="top",
+            fontsize=7,
+            family="monospace",
+            color=colour,
+        )
         down -= 72 * _LINE * len(text.splitlines())
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from classifier.options import UserError
 from filelock import FileLock, Timeout
-
-from ssprop_patch._files import append_rows, whole_rows, write_atomically
+from files import append_rows, whole_rows, write_atomically
 
 
 class Rows:

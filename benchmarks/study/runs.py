@@ -20,7 +20,6 @@ from classifier.training import Run
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch.schedule_text import parse_schedule
 from ssprop_patch.timing import device_name
 from study.settings import NAMES, Settings, cells
 
@@ -28,16 +27,47 @@ from study.settings import NAMES, Settings, cells
 _CLASSIFIER = {"dense": "dense", "ssprop": "ssprop", "dense-equal-compute": "dense-equal"}
 
 MACHINE = (
-    "device", "device_name", "threads", "jobs", "torch", "torchvision", "timm", "ssprop_patch",
-    "python", "platform",
-)  # fmt: skip
+    "device",
+    "device_name",
+    "threads",
+    "jobs",
+    "torch",
+    "torchvision",
+    "timm",
+    "ssprop_patch",
+    "python",
+    "platform",
+)
 RESULTS = (
-    "steps", "steps_per_epoch", "trained_epochs", "mean_drop_rate", "parameters",
-    "accuracy", "best_accuracy", "test_loss", "best_test_loss", "train_accuracy", "train_loss",
-    "forward_flops", "backward_flops", "total_flops", "train_s", "warm_up_s", "forward_s",
-    "backward_s", "step_s", "dense_step_median_s", "sparse_step_median_s", "train_images",
-    "test_images", "classes", "origin", "digest", "weights", *MACHINE,
-)  # fmt: skip
+    "steps",
+    "steps_per_epoch",
+    "trained_epochs",
+    "mean_drop_rate",
+    "parameters",
+    "accuracy",
+    "best_accuracy",
+    "test_loss",
+    "best_test_loss",
+    "train_accuracy",
+    "train_loss",
+    "forward_flops",
+    "backward_flops",
+    "total_flops",
+    "train_s",
+    "warm_up_s",
+    "forward_s",
+    "backward_s",
+    "step_s",
+    "dense_step_median_s",
+    "sparse_step_median_s",
+    "train_images",
+    "test_images",
+    "classes",
+    "origin",
+    "digest",
+    "weights",
+    *MACHINE,
+)
 FIELDS = ("id", *NAMES, *RESULTS)
 
 
@@ -75,7 +105,7 @@ def steps_of(settings: Settings, cost: costs.StepCost, steps_per_epoch: int) -> 
     steps = settings.epochs * steps_per_epoch
     if settings.method != "dense-equal-compute":
         return steps
-    schedule = parse_schedule(settings.schedule)
+    schedule = ssp.parse_schedule(settings.schedule)
     per_t = 1 if schedule.interval == "step" else steps_per_epoch
     return costs.equal_steps(cost, [schedule(step // per_t) for step in range(steps)])
 
@@ -117,7 +147,7 @@ def train(
         channels_last=settings.channels_last,
     )
     cost = step_cost(settings, model, channels)
-    schedule = parse_schedule(settings.schedule) if settings.method == "ssprop" else None
+    schedule = ssp.parse_schedule(settings.schedule) if settings.method == "ssprop" else None
     steps = steps_of(settings, cost, batches.steps_per_epoch)
     options = settings.options(str(device))
     trained = training.train(

@@ -15,7 +15,7 @@ from typing import Any
 from classifier.options import Options, UserError
 from torch import nn
 
-from ssprop_patch.schedule_text import parse_schedule
+import ssprop_patch as ssp
 
 METHODS = ("dense", "dense-equal-compute", "ssprop")
 
@@ -126,11 +126,18 @@ _CHOICES = {
 }
 # low <= value < below, and whether low itself is excluded
 _RANGES = {
-    "drop_rate": (0, 1, False), "dropout": (0, 1, False), "weight_decay": (0, 1e9, False),
-    "label_smoothing": (0, 1, False), "share": (0, 1 + 1e-9, True), "lr": (0, 1e9, True),
-    "image_size": (1, 1e9, False), "epochs": (1, 1e9, False), "batch_size": (1, 1e9, False),
-    "eval_every": (1, 1e9, False), "seed": (0, 2**31, False),
-}  # fmt: skip
+    "drop_rate": (0, 1, False),
+    "dropout": (0, 1, False),
+    "weight_decay": (0, 1e9, False),
+    "label_smoothing": (0, 1, False),
+    "share": (0, 1 + 1e-9, True),
+    "lr": (0, 1e9, True),
+    "image_size": (1, 1e9, False),
+    "epochs": (1, 1e9, False),
+    "batch_size": (1, 1e9, False),
+    "eval_every": (1, 1e9, False),
+    "seed": (0, 2**31, False),
+}
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)} | EXTRA
 
 
@@ -212,6 +219,6 @@ def schedule_text(text: str, rate: float, epochs: int) -> str:
     words = r"\{\s*(?:([\d.]+)\s+)?(?:(drop_rate)|epochs(\s*-\s*1)?)\s*\}"
     filled = re.sub(words, fill, text)
     try:
-        return repr(parse_schedule(filled))
+        return repr(ssp.parse_schedule(filled))
     except ValueError as error:
         raise UserError(f"schedule {error}") from error

@@ -56,8 +56,12 @@ def cells(condition: Condition) -> tuple[list[str], list[list[str]]]:
 def build(condition: Condition) -> Table:
     """Return the table of one condition for the terminal."""
     names, lines = cells(condition)
-    table = Table(title=condition.label, title_justify="left", caption_justify="left",
-                  caption=_machine(condition))  # fmt: skip
+    table = Table(
+        title=condition.label,
+        title_justify="left",
+        caption_justify="left",
+        caption=_machine(condition),
+    )
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left")
     for line in lines:

@@ -16,6 +16,7 @@ import torch
 from classifier import decoded
 from classifier.benchmark import open_device
 from classifier.options import UserError
+from processes import context
 from rich.console import Console
 
 from study import labels, runs
@@ -102,8 +103,9 @@ def work(study: Study, place: Place, device_text: str, threads: int | None, jobs
                     return 1
                 except Exception:
                     failed.add(settings.id)
-                    console.print(f"failed: {labels.run(settings)}\n{traceback.format_exc()}",
-                                  markup=False)  # fmt: skip
+                    console.print(
+                        f"failed: {labels.run(settings)}\n{traceback.format_exc()}", markup=False
+                    )
         # Once more around: a run that another process held may be free again.
         if not trained_one:
             return len(failed)
@@ -159,12 +161,11 @@ def share_out(
     each = [device for device in devices for _ in range(jobs)]
     if len(each) == 1:
         return work(study, place, each[0], threads, 1)
-    context = multiprocessing.get_context("spawn")
     # With more processes than one, each has one thread: two would only wait for each other.
     arguments: list[tuple[Any, ...]] = [
         (study, place, device, threads or 1, len(each)) for device in each
     ]
-    processes = [context.Process(target=_enter, args=some) for some in arguments]
+    processes = [context("study.workers").Process(target=_enter, args=some) for some in arguments]
     for process in processes:
         process.start()
     try:

@@ -1,1 +1,1 @@
-"""Every network of timm and torchvision: what ``benchmarks/zoo.py`` runs."""
+"""Every network of timm and torchvision: what ``benchmarks/run_zoo.py`` runs."""

@@ -29,11 +29,33 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 TIE = {torch.float64: 1e-9, torch.float32: 1e-4}  # a choice closer than this may go either way
 
 FIELDS = (
-    "library", "family", "name", "result", "reason", "parameters", "convolutions", "sparse",
-    "left_dense", "functional", "backward_share", "step_share", "share_at", "dtype", "input",
-    "gradients", "calls", "dropped", "dead", "gap", "largest_error", "weak", "rate0", "seconds",
-    "torch", "version",
-)  # fmt: skip
+    "library",
+    "family",
+    "name",
+    "result",
+    "reason",
+    "parameters",
+    "convolutions",
+    "sparse",
+    "left_dense",
+    "functional",
+    "backward_share",
+    "step_share",
+    "share_at",
+    "dtype",
+    "input",
+    "gradients",
+    "calls",
+    "dropped",
+    "dead",
+    "gap",
+    "largest_error",
+    "weak",
+    "rate0",
+    "seconds",
+    "torch",
+    "version",
+)
 Row = dict[str, Any]
 
 
@@ -169,9 +191,7 @@ def check(sample: models.Sample, seed: int, found: Row) -> tuple[str, str]:
     return "ok", ""
 
 
-def _dense_at_rate_0(
-    sample: models.Sample, dense: Run, buffers: list[Tensor], seed: int
-) -> str:
+def _dense_at_rate_0(sample: models.Sample, dense: Run, buffers: list[Tensor], seed: int) -> str:
     ssp.get_controller(sample.model).drop_rate = 0
     zero = Run(sample, buffers, seed, learn_input=False)
     _same_forward(zero, dense, "at rate 0 the")
@@ -275,5 +295,3 @@ def _compare(got: Run, want: Run, model: nn.Module, gap: float) -> tuple[str, st
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 200 else text[:197] + "..."
-
-

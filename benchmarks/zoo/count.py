@@ -1,8 +1,8 @@
 """How much of a network's training step its sparse convolutions are, in FLOPs.
 
 A forward pass is watched: matrix products and attention count by torch's formulas, convolutions
-by the package's. The backward of a product is two products, of a convolution what the package
-says: no input gradient where nothing before it is trained.
+as ``ssp.summary`` counts them. The backward of a product is two products, and so is a
+convolution's, but for the input gradient where nothing before it is trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import ssprop_patch as ssp
-from ssprop_patch.flops import conv_flops
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.convolution, aten._convolution)
@@ -54,7 +53,7 @@ def _convolution(x: Tensor, w: Tensor, y: Tensor, transposed: bool) -> int:
     if transposed:  # the kernel is applied at each input position
         return 2 * x.numel() // x.shape[1] * w.numel()
     # Not torch's count, which knows no groups in some versions.
-    return conv_flops(x.shape, w.shape, y.shape).forward
+    return 2 * y.numel() // w.shape[0] * w.numel()
 
 
 def shares_without_data(model: nn.Module, inputs: tuple[Any, ...]) -> Shares:
@@ -78,10 +77,10 @@ class Watch:
     def note(self, module: nn.Module, args: Any, y: Tensor) -> None:
         """Count a call of a layer that is to be sparse: a forward hook."""
         x, bias = args[0], module.bias is not None
-        needs = x.requires_grad, True, bias
-        flops = conv_flops(x.shape, module.weight.shape, y.shape, needs=needs)
-        self.sparse_forward += flops.forward
-        self.sparse_backward += flops.dense_backward
+        forward = _convolution(x, module.weight, y, transposed=False)
+        self.sparse_forward += forward
+        # For the gradients of the weight, the input and the bias.
+        self.sparse_backward += forward * (1 + x.requires_grad) + y.numel() * bias
 
     def shares(self, inputs: Any) -> Shares:
         """Return the shares of the forward that was watched."""

@@ -78,9 +78,11 @@ def attempts(entry: Entry) -> Iterator[Attempt]:
         return _timm(entry.name)
     if entry.library == "torchvision":
         return {
-            "detection": _detection, "segmentation": _segmentation, "video": _video,
+            "detection": _detection,
+            "segmentation": _segmentation,
+            "video": _video,
             "optical_flow": _optical_flow,
-        }.get(entry.family, _classification)(entry.name)  # fmt: skip
+        }.get(entry.family, _classification)(entry.name)
     raise ValueError(f"no library {entry.library!r}")
 
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
 import gc
 import io
-import multiprocessing
-import multiprocessing.forkserver
-import os
 import time
-import unittest.mock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +14,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ssprop_patch._files import append_rows, whole_rows, write_atomically
+from files import append_rows, whole_rows, write_atomically
+from processes import context
 
 from .models import Entry
 
@@ -211,28 +207,13 @@ class Runner:
         return {"result": "timeout", "reason": f"over {timeout:g} s", "seconds": seconds}
 
     def _start(self, memory: int) -> _Worker:
-        context = _context()
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.check, memory), daemon=True)
+        started_from = context("zoo.check", "torch._dynamo")
+        ours, theirs = started_from.Pipe()
+        process = started_from.Process(target=serve, args=(theirs, self.check, memory), daemon=True)
         process.start()
         theirs.close()
         ours.recv()  # imports are no network's time
         return _Worker(process, ours)
-
-
-@functools.cache
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    # Forked from a process that has imported the libraries and run nothing: quick and clean.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo.check", "torch._dynamo"])
-    # It looks for them where a fresh Python would.
-    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    changes = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    with unittest.mock.patch.dict(os.environ, changes):
-        multiprocessing.forkserver.ensure_running()
-    return context
 
 
 def _named(entry: Entry, row: Row) -> Row:

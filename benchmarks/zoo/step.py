@@ -24,9 +24,15 @@ class Run:
     """One training step without an optimizer: outputs, gradients, and the buffers after it."""
 
     def __init__(
-        self, sample: models.Sample, buffers: list[Tensor], seed: int, *,
-        backward: bool = True, learn_input: bool = True, watch: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        sample: models.Sample,
+        buffers: list[Tensor],
+        seed: int,
+        *,
+        backward: bool = True,
+        learn_input: bool = True,
+        watch: bool = False,
+    ) -> None:
         model, leaves = sample.model, []
         learn_input = learn_input and not watch
 

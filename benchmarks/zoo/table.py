@@ -59,8 +59,6 @@ def _line(name: str, rows: Sequence[Row]) -> str:
     nothing = sum(r["result"] == "nothing to convert" for r in rows)
     numbers = [len(rows), ok, nothing, len(rows) - ok - nothing]
     numbers += [sum(int(r[key] or 0) for r in rows) for key in ("convolutions", "sparse")]
-    shares = [
-        [float(r[key]) for r in rows if r[key]] for key in ("backward_share", "step_share")
-    ]
+    shares = [[float(r[key]) for r in rows if r[key]] for key in ("backward_share", "step_share")]
     medians = [f"{100 * statistics.median(s):.1f} %" if s else "" for s in shares]
     return f"| {' | '.join([name, *map(str, numbers), *medians])} |"

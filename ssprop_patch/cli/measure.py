@@ -33,24 +33,55 @@ examples:
   ssprop-patch measure my_nets.py:build --input-size 32 3 64 64 --iterations 50 --csv > times.csv
 """
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FIELDS = ("kind", "name", "class", "calls", "input_shape", "weight_shape", "output_shape",
-           "kernel", "dense_p20", "dense_p50", "dense_p80", "sparse_p20", "sparse_p50",
-           "sparse_p80", "unit", "share_of_dense", "pays")  # fmt: skip
+_FIELDS = (
+    "kind",
+    "name",
+    "class",
+    "calls",
+    "input_shape",
+    "weight_shape",
+    "output_shape",
+    "kernel",
+    "dense_p20",
+    "dense_p50",
+    "dense_p80",
+    "sparse_p20",
+    "sparse_p50",
+    "sparse_p80",
+    "unit",
+    "share_of_dense",
+    "pays",
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's options."""
     parser = commands.add_parser(
-        "measure", help="milliseconds (and joules) of each layer and of whole steps",
-        description=_DESCRIPTION, epilog=_EPILOG,
-    )  # fmt: skip
+        "measure",
+        help="milliseconds (and joules) of each layer and of whole steps",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
     options.add_model(parser)
-    parser.add_argument("--drop-rate", type=options.drop_rate, default=0.8, metavar="D",
-                        help="of the sparse side (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--iterations", type=options.count, default=15, metavar="N",
-                        help="measurements of each side (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--channels-last", action="store_true",
-                        help="model and input in the channels_last memory format")  # fmt: skip
+    parser.add_argument(
+        "--drop-rate",
+        type=options.drop_rate,
+        default=0.8,
+        metavar="D",
+        help="of the sparse side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--iterations",
+        type=options.count,
+        default=15,
+        metavar="N",
+        help="measurements of each side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="model and input in the channels_last memory format",
+    )
     parser.add_argument("--amp", choices=_AMP, help="autocast to bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     options.add_format(parser)
@@ -62,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     device = _device(args.device)
     torch.manual_seed(0)
     model, inputs = _prepare(load_model(args.model), args, device)
-    common = {"types": options.types(args), "autocast": _AMP.get(args.amp)}
+    common: dict[str, Any] = {"types": options.types(args), "autocast": _AMP.get(args.amp)}
     timed = {**common, "iterations": args.iterations}
     try:
         layers = time_layers(model, inputs, args.drop_rate, **timed, progress=_progress)
@@ -77,14 +108,23 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(one_line(error)) from error
     setting = _setting(args, device)
     if args.json:
-        output.print_json({
-            **setting,
-            "layers": [layer.to_dict() for layer in layers],
-            "steps": [{"mode": s.mode, "dense_s": s.dense_s._asdict(),
-                       "sparse_s": s.sparse_s._asdict(), "share": s.share} for s in steps],
-            "joules_per_step": joules or None,
-            "joules_not_measured_because": reason or None,
-        })  # fmt: skip
+        output.print_json(
+            {
+                **setting,
+                "layers": [layer.to_dict() for layer in layers],
+                "steps": [
+                    {
+                        "mode": s.mode,
+                        "dense_s": s.dense_s._asdict(),
+                        "sparse_s": s.sparse_s._asdict(),
+                        "share": s.share,
+                    }
+                    for s in steps
+                ],
+                "joules_per_step": joules or None,
+                "joules_not_measured_because": reason or None,
+            }
+        )
     elif args.csv:
         rows = [{**row, **setting} for row in _csv_rows(layers, steps, joules)]
         output.print_csv(rows, [*_FIELDS, *setting])
@@ -114,8 +154,10 @@ def _prepare(
         for t in [*model.parameters(), *model.buffers()]:
             if t.dim() in formats:
                 t.data = t.data.contiguous(memory_format=formats[t.dim()])
-        inputs = [x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
-                  for x in inputs]  # fmt: skip
+        inputs = [
+            x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+            for x in inputs
+        ]
     return model, tuple(inputs)
 
 
@@ -142,30 +184,54 @@ def _progress(done: int, total: int) -> None:
 def _text(
     layers: list[LayerTime], steps: list[StepTime], joules: dict[str, float], reason: str
 ) -> str:
-    rows = [("layer", "class", "input", "weight", "calls", "kernel", "dense ms", "sparse ms",
-             "share", "pays")]  # fmt: skip
+    rows = [
+        (
+            "layer",
+            "class",
+            "input",
+            "weight",
+            "calls",
+            "kernel",
+            "dense ms",
+            "sparse ms",
+            "share",
+            "pays",
+        )
+    ]
     rows += [
-        (t.name or "(model)", t.cls, output.shape(t.input_shape), output.shape(t.weight_shape),
-         str(t.calls), t.kernel, f"{t.dense_ms.p50:.3f}", f"{t.sparse_ms.p50:.3f}",
-         f"{t.share:.2f}", "yes" if t.pays else "no")
+        (
+            t.name or "(model)",
+            t.cls,
+            output.shape(t.input_shape),
+            output.shape(t.weight_shape),
+            str(t.calls),
+            t.kernel,
+            f"{t.dense_ms.p50:.3f}",
+            f"{t.sparse_ms.p50:.3f}",
+            f"{t.share:.2f}",
+            "yes" if t.pays else "no",
+        )
         for t in layers
-    ]  # fmt: skip
+    ]
     dense = sum(t.calls * t.dense_ms.p50 for t in layers)
     sparse = sum(t.calls * t.sparse_ms.p50 for t in layers)
     lines = [
-        output.table(rows, left=4), "",
+        output.table(rows, left=4),
+        "",
         f"layers alone: {dense:.1f} ms dense, {sparse:.1f} ms sparse ({sparse / dense:.2f}); the "
         f"sparse backward pays in {sum(t.pays for t in layers)} of {len(layers)}",
         "",
-    ]  # fmt: skip
-    rows = [("whole step", "dense s", "sparse s", "share")]
-    rows += [(s.mode, f"{s.dense_s.p50:.4f}", f"{s.sparse_s.p50:.4f}", f"{s.share:.2f}")
-             for s in steps]  # fmt: skip
-    lines += [output.table(rows), ""]
+    ]
+    whole = [("whole step", "dense s", "sparse s", "share")]
+    whole += [
+        (s.mode, f"{s.dense_s.p50:.4f}", f"{s.sparse_s.p50:.4f}", f"{s.share:.2f}") for s in steps
+    ]
+    lines += [output.table(whole), ""]
     if joules:
         share = f" ({joules['sparse'] / joules['dense']:.2f})" if joules["dense"] else ""
-        lines.append(f"energy: {joules['dense']:.2f} J a step dense, "
-                     f"{joules['sparse']:.2f} J sparse{share}")  # fmt: skip
+        lines.append(
+            f"energy: {joules['dense']:.2f} J a step dense, {joules['sparse']:.2f} J sparse{share}"
+        )
     else:
         lines.append(f"energy: not measured: {reason}")
     return "\n".join(lines)
@@ -175,20 +241,44 @@ def _csv_rows(
     layers: list[LayerTime], steps: list[StepTime], joules: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
     for t in layers:
-        shapes = {name: output.shape(getattr(t, name))
-                  for name in ("input_shape", "weight_shape", "output_shape")}  # fmt: skip
-        yield {"kind": "layer", "name": t.name, "class": t.cls, "calls": t.calls, **shapes,
-               "kernel": t.kernel, **_sides(t.dense_ms, t.sparse_ms), "unit": "ms",
-               "share_of_dense": t.share, "pays": t.pays}  # fmt: skip
+        shapes = {
+            name: output.shape(getattr(t, name))
+            for name in ("input_shape", "weight_shape", "output_shape")
+        }
+        yield {
+            "kind": "layer",
+            "name": t.name,
+            "class": t.cls,
+            "calls": t.calls,
+            **shapes,
+            "kernel": t.kernel,
+            **_sides(t.dense_ms, t.sparse_ms),
+            "unit": "ms",
+            "share_of_dense": t.share,
+            "pays": t.pays,
+        }
     for s in steps:
-        yield {"kind": "step", "name": s.mode, **_sides(s.dense_s, s.sparse_s), "unit": "s",
-               "share_of_dense": s.share}  # fmt: skip
+        yield {
+            "kind": "step",
+            "name": s.mode,
+            **_sides(s.dense_s, s.sparse_s),
+            "unit": "s",
+            "share_of_dense": s.share,
+        }
     if joules:
-        yield {"kind": "step", "name": "energy", "dense_p50": joules["dense"],
-               "sparse_p50": joules["sparse"], "unit": "J",
-               "share_of_dense": joules["sparse"] / (joules["dense"] or 1)}  # fmt: skip
+        yield {
+            "kind": "step",
+            "name": "energy",
+            "dense_p50": joules["dense"],
+            "sparse_p50": joules["sparse"],
+            "unit": "J",
+            "share_of_dense": joules["sparse"] / (joules["dense"] or 1),
+        }
 
 
 def _sides(dense: Any, sparse: Any) -> dict[str, float]:
-    return {f"{side}_{name}": value for side, q in (("dense", dense), ("sparse", sparse))
-            for name, value in q._asdict().items()}  # fmt: skip
+    return {
+        f"{side}_{name}": value
+        for side, q in (("dense", dense), ("sparse", sparse))
+        for name, value in q._asdict().items()
+    }

@@ -95,6 +95,8 @@ def _run_file(path: Path) -> ModuleType:
     """Run a file as ``import`` would: it finds its neighbours, and its classes their module."""
     module_name = f"_ssprop_patch_cli_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise CommandError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     folder = str(path.resolve().parent)

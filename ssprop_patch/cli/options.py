@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from .._validate import check_drop_rate
-from ..modules import LAYERS
-from ..plan import DEFAULT_TYPES
-from ..schedule_text import parse_schedule
-from ..schedules import Schedule
+from ..patching.eligibility import DEFAULT_TYPES
+from ..patching.layer_kinds import LAYERS
+from ..schedule.parse import parse_schedule
+from ..schedule.schedules import Schedule
 from .models import KINDS
 
 TYPES = {cls.__name__: cls for cls in LAYERS}
@@ -78,19 +78,28 @@ def size(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, its input and what of it is converted."""
     parser.add_argument(
-        "model", metavar="MODEL",
+        "model",
+        metavar="MODEL",
         help=f"{KINDS}: a function without arguments that returns an nn.Module",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--input-size", type=size, nargs="+", action="append", required=True, metavar="N",
+        "--input-size",
+        type=size,
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="N",
         help="shape of the input, batch included: 8 3 224 224; again for a second input",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--types", nargs="+", choices=TYPES, default=[t.__name__ for t in DEFAULT_TYPES],
+        "--types",
+        nargs="+",
+        choices=TYPES,
+        default=[t.__name__ for t in DEFAULT_TYPES],
         metavar="CLASS",
         help=f"classes of layers to convert, of {', '.join(TYPES)} (default: the three "
         "convolutions)",
-    )  # fmt: skip
+    )
 
 
 def add_format(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:
@@ -100,9 +109,11 @@ def add_format(parser: argparse.ArgumentParser, *, plot: str | None = None) -> N
     group.add_argument("--csv", action="store_true", help="print CSV")
     if plot is not None:
         group.add_argument(
-            "--plot", type=Path, metavar="FILE",
+            "--plot",
+            type=Path,
+            metavar="FILE",
             help=f"write a picture of {plot} (.png, .svg, .pdf); needs matplotlib",
-        )  # fmt: skip
+        )
 
 
 def types(args: argparse.Namespace) -> tuple[type[nn.Module], ...]:

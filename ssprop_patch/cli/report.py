@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from .. import presets
-from ..flops import summary
-from ..plan import Plan, PlanRow, plan
-from ..report import Summary
+from ..flops.count import summary
+from ..flops.summary import Summary
+from ..patching.dry_run import dry_run
+from ..patching.plan import Plan, PlanRow
+from ..schedule import presets
 from . import options, output
 from .errors import UsageError
 from .models import load_model
@@ -34,29 +35,60 @@ examples:
   ssprop-patch report timm:convnext_atto --input-size 16 3 224 224 --types Conv2d Linear \\
       --plot convnext.png
 """
-_FIELDS = ("name", "class", "action", "reason", "calls", "input_shape", "weight_shape",
-           "output_shape", "kept", "channels", "drop_rate", "forward", "dense_backward",
-           "sparse_backward", "saved")  # fmt: skip
+_FIELDS = (
+    "name",
+    "class",
+    "action",
+    "reason",
+    "calls",
+    "input_shape",
+    "weight_shape",
+    "output_shape",
+    "kept",
+    "channels",
+    "drop_rate",
+    "forward",
+    "dense_backward",
+    "sparse_backward",
+    "saved",
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's options."""
     parser = commands.add_parser(
-        "report", help="what would be patched and saved, layer by layer",
-        description=_DESCRIPTION, epilog=_EPILOG,
-    )  # fmt: skip
+        "report",
+        help="what would be patched and saved, layer by layer",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
     options.add_model(parser)
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--drop-rate", type=options.drop_rate, metavar="D",
-                      help="count with this rate")  # fmt: skip
-    rate.add_argument("--schedule", type=options.schedule, metavar="TEXT",
-                      help='count the mean over, for example, "BarSchedule(0.8)"')  # fmt: skip
-    parser.add_argument("--epochs", type=options.count, metavar="N",
-                        help="how many the schedule is averaged over")  # fmt: skip
-    parser.add_argument("--steps-per-epoch", type=options.count, metavar="N",
-                        help="for a schedule that counts optimizer steps")  # fmt: skip
-    parser.add_argument("--align", type=options.count, default=1, metavar="N",
-                        help="round the number of kept channels up to a multiple of N")  # fmt: skip
+    rate.add_argument(
+        "--drop-rate", type=options.drop_rate, metavar="D", help="count with this rate"
+    )
+    rate.add_argument(
+        "--schedule",
+        type=options.schedule,
+        metavar="TEXT",
+        help='count the mean over, for example, "BarSchedule(0.8)"',
+    )
+    parser.add_argument(
+        "--epochs", type=options.count, metavar="N", help="how many the schedule is averaged over"
+    )
+    parser.add_argument(
+        "--steps-per-epoch",
+        type=options.count,
+        metavar="N",
+        help="for a schedule that counts optimizer steps",
+    )
+    parser.add_argument(
+        "--align",
+        type=options.count,
+        default=1,
+        metavar="N",
+        help="round the number of kept channels up to a multiple of N",
+    )
     options.add_format(parser, plot="the FLOPs of each layer")
     parser.set_defaults(run=run)
 
@@ -65,20 +97,27 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     _check(args)
     model, classes = load_model(args.model), options.types(args)
-    planned = plan(model, types=classes)
+    planned = dry_run(model, types=classes)
     sizes = args.input_size if len(args.input_size) > 1 else args.input_size[0]
     counted = summary(
-        model, input_size=sizes, types=classes, drop_rate=args.drop_rate,
-        schedule=args.schedule, epochs=args.epochs, steps_per_epoch=args.steps_per_epoch,
+        model,
+        input_size=sizes,
+        types=classes,
+        drop_rate=args.drop_rate,
+        schedule=args.schedule,
+        epochs=args.epochs,
+        steps_per_epoch=args.steps_per_epoch,
         align=args.align,
-    )  # fmt: skip
+    )
     if args.json:
-        output.print_json({
-            "model": args.model,
-            "input_size": args.input_size,
-            "plan": [_plan_row(row) for row in planned],
-            "summary": counted.to_dict(),
-        })  # fmt: skip
+        output.print_json(
+            {
+                "model": args.model,
+                "input_size": args.input_size,
+                "plan": [_plan_row(row) for row in planned],
+                "summary": counted.to_dict(),
+            }
+        )
     elif args.csv:
         output.print_csv(_csv_rows(planned, counted), _FIELDS)
     elif args.plot is not None:
@@ -108,15 +147,16 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _plan_row(row: PlanRow) -> dict[str, str]:
-    return {"name": row.name, "class": row.cls.__name__, "action": row.action,
-            "reason": row.reason}  # fmt: skip
+    return {"name": row.name, "class": row.cls.__name__, "action": row.action, "reason": row.reason}
 
 
 def _plan_text(planned: Plan) -> str:
     """Return how many layers are converted, and of which kinds."""
     kinds = Counter((row.cls.__name__, row.reason) for row in planned.converted)
-    lines = [f"{len(planned)} layers: {len(planned.converted)} to convert, "
-             f"{len(planned) - len(planned.converted)} stay dense"]  # fmt: skip
+    lines = [
+        f"{len(planned)} layers: {len(planned.converted)} to convert, "
+        f"{len(planned) - len(planned.converted)} stay dense"
+    ]
     lines += [f"  {n} {cls}: {reason}" for (cls, reason), n in kinds.items()]
     return "\n".join(lines)
 
@@ -124,8 +164,10 @@ def _plan_text(planned: Plan) -> str:
 def _dense_text(planned: Plan) -> str:
     """Return a row for each layer that is not converted; nothing, if all are."""
     others = [row for row in planned if row.action != "convert"]
-    cells = [("stays dense", "class", "why"),
-             *((r.name or "(model)", r.cls.__name__, r.reason) for r in others)]  # fmt: skip
+    cells = [
+        ("stays dense", "class", "why"),
+        *((r.name or "(model)", r.cls.__name__, r.reason) for r in others),
+    ]
     return output.table(cells, left=3) + "\n\n" if others else ""
 
 
@@ -133,8 +175,10 @@ def _csv_rows(planned: Plan, counted: Summary) -> Iterator[dict[str, Any]]:
     """Yield the counted layers, as often as they have shapes, and then those without a count."""
     rows = {row.name: row for row in planned}
     for layer in counted.layers:
-        shapes = {name: output.shape(getattr(layer, name))
-                  for name in ("input_shape", "weight_shape", "output_shape")}  # fmt: skip
+        shapes = {
+            name: output.shape(getattr(layer, name))
+            for name in ("input_shape", "weight_shape", "output_shape")
+        }
         values = {**asdict(layer), **shapes, "saved": layer.saved}
         yield {k: v for k, v in {**values, **_plan_row(rows[layer.name])}.items() if k in _FIELDS}
     counted_names = {layer.name for layer in counted.layers}

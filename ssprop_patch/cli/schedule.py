@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..schedules import Schedule
+from ..schedule.schedules import Schedule
 from . import options, output
 from .errors import UsageError
 
@@ -29,11 +29,19 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "schedule", help="the drop rates of a schedule", description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("schedule", metavar="SCHEDULE", type=options.schedule,
-                        help='for example "BarSchedule(0.8, period=2)"')  # fmt: skip
+    parser.add_argument(
+        "schedule",
+        metavar="SCHEDULE",
+        type=options.schedule,
+        help='for example "BarSchedule(0.8, period=2)"',
+    )
     parser.add_argument("--epochs", type=options.count, required=True, metavar="N")
-    parser.add_argument("--steps-per-epoch", type=options.count, metavar="N",
-                        help="optimizer steps, for a schedule that counts them")  # fmt: skip
+    parser.add_argument(
+        "--steps-per-epoch",
+        type=options.count,
+        metavar="N",
+        help="optimizer steps, for a schedule that counts them",
+    )
     options.add_format(parser, plot="the drop rate over the epochs")
     parser.set_defaults(run=run)
 
@@ -52,10 +60,16 @@ def run(args: argparse.Namespace) -> None:
     rates = [schedule(t) for t in range(args.epochs * per_epoch)]
     average = schedule.average(len(rates))
     if args.json:
-        output.print_json({
-            "schedule": repr(schedule), "interval": schedule.interval, "epochs": args.epochs,
-            "steps_per_epoch": steps, "average": average, "drop_rates": rates,
-        })  # fmt: skip
+        output.print_json(
+            {
+                "schedule": repr(schedule),
+                "interval": schedule.interval,
+                "epochs": args.epochs,
+                "steps_per_epoch": steps,
+                "average": average,
+                "drop_rates": rates,
+            }
+        )
     elif args.csv:
         rows = [{"t": t, "epoch": t // per_epoch, "drop_rate": r} for t, r in enumerate(rates)]
         output.print_csv(rows, ["t", "epoch", "drop_rate"])
@@ -68,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def _table(schedule: Schedule, rates: list[float], epochs: int, per_epoch: int) -> str:
     """Return a row an epoch; where the rate changes within one, its mean and its range."""
     if schedule.interval == "epoch":
-        rows = [("epoch", "drop rate", "")]
+        rows: list[tuple[str, ...]] = [("epoch", "drop rate", "")]
         rows += [(str(e), f"{r:.4g}", "#" * round(_BAR * r)) for e, r in enumerate(rates)]
         return _with_bars(rows)
     rows = [("epoch", "mean", "lowest", "highest", "")]

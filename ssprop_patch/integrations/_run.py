@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..controller import SparsityController, find_controllers, get_controller
-from ..convert import convert, is_converted, revert
+from ..patching.convert import convert, is_converted, revert
+from ..schedule.controller import SparsityController, find_controllers, get_controller
 
 #: How trainers' logs call the rate.
 DROP_RATE = "ssprop/drop_rate"
@@ -69,15 +69,27 @@ class Run:
             if anew or find_controllers(model) != [self.controller]:
                 convert(model, controller=self.controller, **self._layers)
         # With steps_per_epoch the controller counts optimizer steps, as its owner wished.
+        controller = self._begun()
         self._tells_epochs = (
-            self.controller.schedule.interval == "epoch" and self.controller.steps_per_epoch is None
+            controller.schedule.interval == "epoch" and controller.steps_per_epoch is None
         )
         self._told = False
 
+    @property
+    def drop_rate(self) -> float:
+        """The controller's rate now; after :meth:`begin`."""
+        return self._begun().drop_rate
+
+    def _begun(self) -> SparsityController:
+        if self.controller is None:
+            raise RuntimeError("the training has not begun: there is no controller yet")
+        return self.controller
+
     def epoch(self, epoch: int) -> None:
         """Tell the controller which epoch begins; one that it is in already changes nothing."""
-        if self._tells_epochs and not (self._told and epoch == self.controller.t):
-            self.controller.step(epoch)
+        controller = self._begun()
+        if self._tells_epochs and not (self._told and epoch == controller.t):
+            controller.step(epoch)
             self._told = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,16 +98,17 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; after :meth:`begin`."""
-        self.controller.load_state_dict(dict(state))
+        controller = self._begun()
+        controller.load_state_dict(dict(state))
         self._goes_on = True
         self._told = bool(state["by_hand"])
-        # Was told then: the optimizer hook stands back, so this run has to tell too.
+        # The caller counted then, so the optimizer hook does not; this run has to count too.
         if self._told and state["steps_per_epoch"] is None:
-            self._tells_epochs = self.controller.schedule.interval == "epoch"
+            self._tells_epochs = controller.schedule.interval == "epoch"
 
     def check_continues(self, global_step: int) -> None:
         """Warn where a training goes on at a later step, but the schedule starts from its 0."""
-        schedule = self.controller.schedule
+        schedule = self._begun().schedule
         lost = global_step > 0 and not self._goes_on and self._converts and self._shared is None
         if lost and schedule.interval == "step" and not schedule.is_constant:
             warnings.warn(

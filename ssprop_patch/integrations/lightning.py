@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..schedules import Schedule
+from ..schedule.schedules import Schedule
 from ._run import DROP_RATE, INSTALL, Run
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -31,7 +31,7 @@ def _callback_classes() -> tuple[type, ...]:
     return tuple(package.Callback for package in loaded)
 
 
-class SsPropCallback(*_callback_classes()):
+class SsPropCallback(*_callback_classes()):  # type: ignore[misc]  # known when it is imported
     """Makes the backward of a LightningModule's convolutions sparse while it is fitted.
 
     Converts the module when the fit starts, tells a schedule of epochs the trainer's epochs
@@ -95,7 +95,7 @@ class SsPropCallback(*_callback_classes()):
         # Again: a fit resumed within an epoch, or after its last batch, begins one unannounced.
         self._run.epoch(trainer.current_epoch)
         if self._logs and not trainer.barebones:
-            rate = self._run.controller.drop_rate
+            rate = self._run.drop_rate
             pl_module.log(DROP_RATE, rate, on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..schedules import Schedule
+from ..schedule.schedules import Schedule
 from ._run import DROP_RATE, INSTALL, Run
 
 try:
@@ -64,10 +64,10 @@ class SsPropCallback(TrainerCallback):
     ) -> None:
         self._revert_at_end, self._logs = revert_at_end, log
         self._run = Run(schedule, convert_arguments)
-        self._epoch = self._rate = 0
+        self._epoch, self._rate = 0, 0.0
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Convert, and load the state that a checkpoint brought."""
         self._run.begin(model)
@@ -86,7 +86,7 @@ class SsPropCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the rate that this step is trained with; its end may be another."""
-        self._rate = self._run.controller.drop_rate
+        self._rate = self._run.drop_rate
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the controller's state where the trainer saves its own."""
@@ -100,7 +100,9 @@ class SsPropCallback(TrainerCallback):
                 if entry.get("step") == state.global_step and "loss" in entry:
                     entry[DROP_RATE] = self._rate
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Revert, if asked to."""
         if self._revert_at_end:
             self._run.end(model)

@@ -4,10 +4,10 @@ clock and energy read the machine, counting and channels take note of layers, at
 on a model, meter is all of it over a run; report, state and loggers are what comes out.
 """
 
-from .channels import ChannelHistory, Winners
+from .channel_history import ChannelHistory, Winners
 from .energy import Energy, EnergyCounter
 from .meter import Meter
-from .report import LayerReport, MeterReport
+from .meter_report import LayerReport, MeterReport
 
 __all__ = [
     "ChannelHistory",

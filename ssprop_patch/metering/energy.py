@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -67,7 +67,7 @@ _APPLE = {"CPU": "cpu_total_mj", "GPU": "gpu_mj", "ANE": "ane_mj", "DRAM": "dram
 class ZeusCounter:
     """The counters that zeus finds on this machine."""
 
-    def __init__(self, monitor: object) -> None:
+    def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
 
     def begin(self) -> None:

@@ -7,14 +7,30 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, cast
 
 from .._files import lacks_header, whole_rows, write_whole
-
-if TYPE_CHECKING:
-    from .meter import Meter
+from .layer_record import LayerTotals
 
 Scalars = dict[str, float]
+
+
+class Metered(Protocol):
+    """What is written of a :class:`ssprop_patch.Meter`."""
+
+    steps: int
+
+    @property
+    def drop_rate(self) -> float:
+        """Of the latest step."""
+
+    @property
+    def totals(self) -> LayerTotals:
+        """Of all layers."""
+
+    @property
+    def kept(self) -> Mapping[str, tuple[int, int]]:
+        """Kept and all output channels of each layer."""
 
 
 class ScalarWriter(Protocol):
@@ -45,7 +61,7 @@ class Logger:
             self._file = CsvFile(Path(target), ("step", *names))
             self._write: Callable[[Scalars, int], Any] = self._file.write
         elif callable(getattr(target, "add_scalar", None)):
-            self._write = _add_scalars(target)
+            self._write = _add_scalars(cast(ScalarWriter, target))
         elif callable(target):
             self._write = target
         else:
@@ -54,12 +70,12 @@ class Logger:
                 f"or a function of (scalars, step); got {target!r}"
             )
 
-    def __call__(self, meter: Meter) -> None:
+    def __call__(self, meter: Metered) -> None:
         """Write, if it is time."""
         if meter.steps % self._every == 0:
             self._write(self._scalars(meter), meter.steps)
 
-    def _scalars(self, meter: Meter) -> Scalars:
+    def _scalars(self, meter: Metered) -> Scalars:
         done = meter.totals
         scalars: Scalars = {
             "ssprop/drop_rate": meter.drop_rate,

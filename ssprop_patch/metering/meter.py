@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
+from .._torch_compat import current_graph_task_id, run_after_backward, tree_leaves
 from .._validate import check_count
-from ..iterations import IterationWatch
+from ..schedule.step_counter import StepCounter
 from . import optimizer_steps
-from .attachment import Attachment, Hook
-from .channels import ChannelHistory
-from .clock import Stopwatch
-from .counting import LayerTotals
+from .channel_history import ChannelHistory
 from .energy import EnergyCounter, EnergyMeter
+from .instrument import Hook, Instrumentation
+from .layer_record import LayerTotals
 from .loggers import Logger, Target
-from .report import LayerReport, MeterReport
+from .meter_report import LayerReport, MeterReport
 from .state import check_state
+from .stopwatch import Stopwatch
 
 
 class Meter:
@@ -80,7 +80,7 @@ class Meter:
             check_count(channels_every, "channels_every", 1)
         devices = {p.device for p in model.parameters()}
         joules = EnergyMeter(energy, devices)
-        self._layers = Attachment(model, count_channels=channels_every is not None)
+        self._layers = Instrumentation(model, count_channels=channels_every is not None)
         self._model, self._records = model, self._layers.records
         self.steps = 0
         self.channels = (
@@ -97,7 +97,7 @@ class Meter:
         self._wall_start: float | None = time.perf_counter()  # None once closed
         self._joules = joules
         self._joules.begin()
-        self._watch = IterationWatch(self._on_iteration)
+        self._watch = StepCounter(self._on_iteration)
         for module in self._layers.layers:
             self._watch.add(module, is_layer=True)
         self._watch.add(model, is_layer=False)
@@ -125,7 +125,7 @@ class Meter:
         if torch.compiler.is_compiling() or not self._layers.is_training:
             return
         self._stopwatch.stop("forward")
-        for t in pytree.tree_leaves(output):
+        for t in tree_leaves(output):
             if isinstance(t, Tensor) and t.grad_fn is not None:
                 t.register_hook(self._backward_begins)
 
@@ -134,10 +134,10 @@ class Meter:
         if torch.compiler.is_compiling() or number in (None, self._backward):
             return
         self._backward = number
+        if not run_after_backward(self._backward_ends):
+            return
         self._pause_optimizer()
         self._stopwatch.start("backward")
-        # Called by autograd when this whole backward pass is through, as DDP does it.
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
 
     def _backward_ends(self) -> None:
         self._stopwatch.stop("backward")
@@ -307,5 +307,5 @@ class Meter:
 
 def _backward_pass() -> int | None:
     """Return the number of the backward pass that this thread is in, or None."""
-    number = torch._C._current_graph_task_id()
+    number = current_graph_task_id()
     return None if number == -1 else number

@@ -5,7 +5,7 @@ torch's hooks outlive a meter that nobody closes, so that they hold meters weakl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch.optim import Optimizer
@@ -14,15 +14,23 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-if TYPE_CHECKING:
-    from .meter import Meter
+
+class Metered(Protocol):
+    """What a meter does at the steps of an optimizer."""
+
+    def optimizer_begins(self, optimizer: Optimizer) -> None:
+        """The step of an optimizer begins."""
+
+    def optimizer_ends(self) -> None:
+        """It has ended."""
+
 
 if "_meters" not in globals():  # else this module is reloaded: the hooks that there are go on
-    _meters: WeakSet[Meter] = WeakSet()
+    _meters: WeakSet[Metered] = WeakSet()
     _hooks: list[Any] = []
 
 
-def tell(meter: Meter) -> None:
+def tell(meter: Metered) -> None:
     """Call ``meter.optimizer_begins`` and ``optimizer_ends`` from now on."""
     _meters.add(meter)
     if not _hooks:
@@ -30,7 +38,7 @@ def tell(meter: Meter) -> None:
         _hooks.append(register_optimizer_step_post_hook(_ends))
 
 
-def tell_no_more(meter: Meter) -> None:
+def tell_no_more(meter: Metered) -> None:
     """Call them no longer."""
     _meters.discard(meter)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._validate import check_count
-from .counting import LayerTotals
+from .layer_record import LayerTotals
 
 _PARTS = {"version", "steps", "seconds", "wall_seconds", "joules", "no_joules_because", "layers"}
 
@@ -51,6 +51,7 @@ def check_state(state: Any, layers: Iterable[str]) -> dict[str, Any]:
 def _amount(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} must be a number, got {value!r}")
-    if not 0 <= value < math.inf:
+    number = float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{what} must be finite and not negative, got {value!r}")
-    return float(value)
+    return number

@@ -5,10 +5,10 @@ networks, steps: what is measured.
 """
 
 from .._device import device_name, waiter
+from .interleaved import Quantiles, alternate
 from .layers import LayerTime, time_layers
 from .networks import time_networks
 from .steps import MODES, StepTime, joules_per_step, time_steps, training_step
-from .turns import Quantiles, alternate
 
 __all__ = [
     "MODES",

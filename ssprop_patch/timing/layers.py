@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._device import waiter
+from .._torch_compat import tree_leaves
 from .._validate import check_count, check_drop_rate
-from ..autograd import make_lazy
-from ..convert import convert
-from ..plan import DEFAULT_TYPES, FilterFn, Types, plan
-from ..selection import Selection, deferred_order, resolve_selection
-from ..trace import Shape
-from .calls import Inputs, LayerCall, autocasting, isolated, record_calls
-from .turns import Quantiles, alternate
+from ..core.selection import Selection, resolve_selection
+from ..flops.trace import Shape
+from ..ops.autograd import make_lazy
+from ..ops.channel_scores import lazy_order
+from ..patching.convert import convert
+from ..patching.dry_run import FilterFn, dry_run
+from ..patching.eligibility import DEFAULT_TYPES, Types
+from .interleaved import Quantiles, alternate
+from .recorded_calls import Inputs, RecordedCall, autocasting, isolated, record_calls
 
 # A layer runs so often in a row that one measurement lasts about this long: waiting for the device
 # then weighs nothing, and its queue stays filled, as in a training.
@@ -38,10 +41,10 @@ class LayerTime:
         calls: How often it runs on such an input in one forward pass.
         input_shape, weight_shape, output_shape: Of one call.
         dense_ms, sparse_ms: Milliseconds.
-        kernel: How the sparse backward is computed (see :mod:`ssprop_patch.ways`): ``"gather"``,
+        kernel: How the sparse backward is computed: ``"gather"``,
             ``"matmul"``, ``"mask"``, ..., or ``"forward/mask"`` where dX and dW differ;
             ``"dense"`` where it keeps all channels.
-        with_norm: Whether the batch norm right behind it is in both times, because the sparse side
+        with_norm: Whether the batch norm right after it is in both times, because the sparse side
             saves a part of its backward, too.
     """
 
@@ -63,13 +66,26 @@ class LayerTime:
 
     @property
     def pays(self) -> bool:
-        """Whether the sparse median is the smaller one."""
-        return self.sparse_ms.p50 < self.dense_ms.p50
+        """As :func:`pays`, of this shape alone."""
+        return pays((self,))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
         times = {side: getattr(self, side)._asdict() for side in ("dense_ms", "sparse_ms")}
         return {**asdict(self), **times, "share": self.share, "pays": self.pays}
+
+
+# What two measurements of the same layer may differ by on a quiet machine.
+_CLEARLY = 0.97
+
+
+def pays(times: Sequence[LayerTime]) -> bool:
+    """Whether all calls together took clearly less time with a sparse backward: below 0.97.
+
+    No call at all does not pay.
+    """
+    dense = sum(t.calls * t.dense_ms.p50 for t in times)
+    return sum(t.calls * t.sparse_ms.p50 for t in times) < _CLEARLY * dense
 
 
 def time_layers(
@@ -89,7 +105,7 @@ def time_layers(
     """Time each layer that a conversion would take, alone, on inputs like those it gets.
 
     The model runs once, to see shapes, strides and dtypes, and is left as it was. What is timed
-    are copies, one layer at a time, together with the batch norm right behind it where that would
+    are copies, one layer at a time, together with the batch norm right after it where that would
     form its gradient for the kept channels only; layers that are alike are timed once.
 
     Args:
@@ -111,9 +127,9 @@ def time_layers(
     """
     rate = check_drop_rate(drop_rate)
     iterations = check_count(iterations, "iterations", 1)
-    todo = plan(model, types=types, filter_fn=filter_fn, overrides=overrides)
+    todo = dry_run(model, types=types, filter_fn=filter_fn, overrides=overrides)
     rows = {row.module: row for row in todo.converted}
-    order = deferred_order(resolve_selection(selection))
+    order = lazy_order(resolve_selection(selection))
     calls = record_calls(model, list(rows), inputs, autocast, order)
     timed: dict[tuple[str, float], tuple[Quantiles, Quantiles, str]] = {}
     found = []
@@ -127,24 +143,29 @@ def time_layers(
             timed[key] = _time(call, sparse, autocast, iterations)
         found.append(
             LayerTime(
-                row.name, row.cls.__name__, count,
-                call.input.shape, call.weight_shape, call.output_shape,
-                *timed[key], call.norm is not None,
+                row.name,
+                row.cls.__name__,
+                count,
+                call.input.shape,
+                call.weight_shape,
+                call.output_shape,
+                *timed[key],
+                call.norm is not None,
             )
-        )  # fmt: skip
+        )
         if progress is not None:
             progress(done, len(calls))
     return found
 
 
 def _time(
-    call: LayerCall,
+    call: RecordedCall,
     sparse: Mapping[str, Any],
     autocast: torch.dtype | None,
     iterations: int,
 ) -> tuple[Quantiles, Quantiles, str]:
     device = call.input.device
-    layers = {
+    layers: dict[str, Any] = {
         "dense": _WithNorm(call),
         "sparse": convert(_WithNorm(call), **sparse),
     }
@@ -165,25 +186,28 @@ def _time(
             wait()
             return (time.perf_counter() - start) / times
 
+        def milliseconds(run: Callable[[], None]) -> list[float]:
+            return [1e3 * seconds(run, burst)]
+
         # Both have run once then: the first time kernels are chosen and memory is taken.
         runs["dense"]()
         kernel = _kernel(layers["sparse"].layer, runs["sparse"])
         once = min(seconds(run, 1) for run in runs.values())
         burst = min(max(1, int(_BURST_SECONDS / once)), _LONGEST_BURST)
         taken = alternate(
-            {side: lambda run=run: [1e3 * seconds(run, burst)] for side, run in runs.items()},
+            {side: partial(milliseconds, run) for side, run in runs.items()},
             iterations,
         )
     return taken["dense"][0], taken["sparse"][0], kernel
 
 
 class _WithNorm(nn.Module):
-    """Copies of a layer and of the norm behind it, if there is one to be timed with it.
+    """Copies of a layer and of the norm after it, if there is one to be timed with it.
 
     There the norm's gradient is lazy, as it is with another sparse convolution after it.
     """
 
-    def __init__(self, call: LayerCall) -> None:
+    def __init__(self, call: RecordedCall) -> None:
         super().__init__()
         self.layer = isolated(call.module)
         self.norm = None if call.norm is None else isolated(call.norm)
@@ -197,19 +221,19 @@ class _WithNorm(nn.Module):
 
 
 def _training_pass(
-    layer: nn.Module, call: LayerCall, autocast: torch.dtype | None
+    layer: nn.Module, call: RecordedCall, autocast: torch.dtype | None
 ) -> Callable[[], None]:
     """Return a function that runs forward and backward of ``layer`` once."""
     device = call.input.device
     args, kwargs = call.make_inputs(torch.Generator(device).manual_seed(0))
-    tensors = pytree.tree_leaves((args, kwargs, list(layer.parameters())))
+    tensors = tree_leaves((args, kwargs, list(layer.parameters())))
     wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
     gradients: list[Tensor] = []
 
     def run() -> None:
         with autocasting(device, autocast):
             out = layer(*args, **kwargs)
-        ys = [y for y in pytree.tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
+        ys = [y for y in tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
         if not gradients:
             gradients.extend(torch.randn_like(y) for y in ys)
         torch.autograd.grad(ys, wanted, gradients, allow_unused=True)
@@ -234,11 +258,11 @@ class _KernelRecord:
     def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Any) -> None:
         pass
 
-    def computed(self, ways: str) -> None:
-        self.kernel = ways
+    def computed(self, algorithms: str) -> None:
+        self.kernel = algorithms
 
 
-def _kernel(layer: nn.Module, run: Callable[[], None]) -> str:
+def _kernel(layer: Any, run: Callable[[], None]) -> str:
     """Run a converted layer once and return its kernel."""
     policy = layer._ssprop_policy
     record = _KernelRecord()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._device import waiter
+from .._torch_compat import tree_leaves
 from .._validate import check_count, check_drop_rate
-from ..convert import Conversion, apply_conversion, convert, revert
-from ..plan import DEFAULT_TYPES, Types
-from ..selection import Selection
-from ..trace import untouched
-from .calls import Inputs, as_arguments, autocasting, device_of
-from .turns import Quantiles, alternate
+from ..core.selection import Selection
+from ..flops.trace import untouched
+from ..patching.conversion import Conversion, apply_conversion
+from ..patching.convert import convert, revert
+from ..patching.eligibility import DEFAULT_TYPES, Types
+from .interleaved import Quantiles, alternate
+from .recorded_calls import Inputs, as_arguments, autocasting, device_of
 
 
 def time_networks(
@@ -62,9 +64,14 @@ def time_networks(
         for name, layers in choices.items():
             if layers:
                 convert(
-                    model, rate, types=types, overrides=overrides, align=align, selection=selection,
-                    filter_fn=lambda module, _, layers=layers: module in layers,
-                )  # fmt: skip
+                    model,
+                    rate,
+                    types=types,
+                    overrides=overrides,
+                    align=align,
+                    selection=selection,
+                    filter_fn=partial(_is_among, layers),
+                )
             conversions[name] = Conversion.of(model)
             revert(model)
         with untouched(model, eager=False), torch.inference_mode(False), torch.enable_grad():
@@ -76,7 +83,7 @@ def time_networks(
                 apply_conversion(conversion, within=model)
                 return [run()]
 
-            sides = {n: lambda c=c: side(c) for n, c in conversions.items()}
+            sides = {name: partial(side, c) for name, c in conversions.items()}
             try:
                 taken = alternate(sides, iterations)
             finally:
@@ -87,6 +94,10 @@ def time_networks(
             for buffer, value in buffers:
                 buffer.copy_(value)
     return {name: quantiles[0] for name, quantiles in taken.items()}
+
+
+def _is_among(layers: Collection[nn.Module], module: nn.Module, name: str) -> bool:
+    return module in layers
 
 
 def _forward_and_backward(
@@ -117,7 +128,8 @@ def loss_of(out: Any) -> Tensor:
     Raises:
         ValueError: If nothing of it needs a gradient.
     """
-    found = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+    found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
     if not found:
         raise ValueError("the model returns nothing that needs a gradient")
-    return sum(t.float().square().mean() for t in found)
+    first, *others = (t.float().square().mean() for t in found)
+    return sum(others, first)

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from .._device import waiter
 from .._validate import check_count, check_drop_rate
-from ..convert import Conversion, apply_conversion, converted, revert
 from ..metering import EnergyCounter
-from ..plan import DEFAULT_TYPES, Types
-from .calls import Inputs, as_arguments, autocasting, device_of
+from ..patching.conversion import Conversion, apply_conversion
+from ..patching.convert import converted, revert
+from ..patching.eligibility import DEFAULT_TYPES, Types
+from .interleaved import Quantiles, alternate
 from .networks import loss_of
-from .turns import Quantiles, alternate
+from .recorded_calls import Inputs, as_arguments, autocasting, device_of
 
 #: What is timed of a step; ``step`` is all of it, with zero_grad and the optimizer.
 MODES = ("forward", "backward", "step")

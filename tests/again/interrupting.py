@@ -10,11 +10,19 @@ FOLDER = os.path.dirname(ssprop_patch.__file__) + os.sep
 
 #: What only looks at the model: an interrupt in there is tried now and then.
 LOOKS = {
-    f"{FOLDER}{name}.py" for name in (
-        "plan", "planned", "eligible", "patterns", "readers", "weights", "other_gradients",
+    f"{FOLDER}{name}.py"
+    for name in (
+        "patching/dry_run",
+        "patching/plan",
+        "patching/eligibility",
+        "patching/name_patterns",
+        "patching/weight_readers",
+        "patching/weights",
+        "patching/gradient_hooks",
         "_validate",
     )
-}  # fmt: skip
+}
+assert all(map(os.path.exists, LOOKS))
 
 
 class Interrupt(BaseException):

@@ -216,7 +216,7 @@ def test_a_picture_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.undo()
     plot(lambda plots: figure, tmp_path / "plain")
     assert (tmp_path / "plain.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(CommandError, match="picture.nothing"):
+    with pytest.raises(CommandError, match=r"picture\.nothing"):
         plot(lambda plots: figure, tmp_path / "picture.nothing")
     assert sorted(os.listdir(tmp_path)) == ["picture.svg", "plain.png"]
 
@@ -227,12 +227,18 @@ def test_a_picture_of_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "whole"),
     [
-        ("", ""), ("a,b", ""), ("a,b\n", "a,b\n"), ("a,b\n1,", "a,b\n"),
+        ("", ""),
+        ("a,b", ""),
+        ("a,b\n", "a,b\n"),
+        ("a,b\n1,", "a,b\n"),
         ("a\r\n1\r\n", "a\r\n1\r\n"),
-        ('a\n"x\ny"\n', 'a\n"x\ny"\n'), ('a\n1\n"x\ny', "a\n1\n"), ('a\n1\n"x\ny\nz', "a\n1\n"),
-        ('a\n"say ""x\n""",2\n"', 'a\n"say ""x\n""",2\n'), ('"x\n', ""),
+        ('a\n"x\ny"\n', 'a\n"x\ny"\n'),
+        ('a\n1\n"x\ny', "a\n1\n"),
+        ('a\n1\n"x\ny\nz', "a\n1\n"),
+        ('a\n"say ""x\n""",2\n"', 'a\n"say ""x\n""",2\n'),
+        ('"x\n', ""),
     ],
-)  # fmt: skip
+)
 def test_whole_rows(content, whole):
     assert whole_rows(content.encode()) == whole.encode()
 
@@ -276,7 +282,8 @@ def test_a_log_is_added_to_wherever_it_was_cut(tmp_path, cut):
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     kept = max(1, whole[:cut].count(b"\n"))
-    assert rows == [["step", "rate"], ["1", "0.5"], ["2", "0.5"]][:kept] + [["3", "0.75"]]
+    before = [["step", "rate"], ["1", "0.5"], ["2", "0.5"]]
+    assert rows == [*before[:kept], ["3", "0.75"]]
 
 
 LOGS = """

@@ -37,30 +37,40 @@ def ours(name="ssprop_patch"):
     return {n for n in sys.modules if n == name or n.startswith(f"{name}.")}
 
 
+def not_compiling(package):
+    """The package, which does not compile its C functions once more; the former one is as it was.
+
+    Not by SSPROP_PATCH_NATIVE: the former one, too, would find no compiler, and remember that.
+    """
+    build = importlib.import_module(f"{package.__name__}.ops.native.build")
+    build.find_compiler = lambda: None
+    return package
+
+
 @pytest.fixture
-def again(monkeypatch):
+def again():
     """The package, purged and imported again; at the end all is as it was."""
-    monkeypatch.setenv("SSPROP_PATCH_NATIVE", "0")  # do not compile once more
+    for name in ssp.__all__:  # else it would be looked up in the new one when first used
+        getattr(ssp, name)
     before = {name: sys.modules[name] for name in ours()}
     for name in before:
         del sys.modules[name]
-    yield importlib.import_module("ssprop_patch")
+    yield not_compiling(importlib.import_module("ssprop_patch"))
     for name in ours():
         del sys.modules[name]
     sys.modules.update(before)
 
 
 @pytest.fixture
-def renamed(monkeypatch):
+def renamed():
     """A copy of the package under another name."""
-    monkeypatch.setenv("SSPROP_PATCH_NATIVE", "0")
     folder = Path(ssp.__file__).parent
     spec = importlib.util.spec_from_file_location(
         "vendored_ssprop", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     module = sys.modules["vendored_ssprop"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
+    yield not_compiling(module)
     for name in ours("vendored_ssprop"):
         del sys.modules[name]
 
@@ -97,7 +107,7 @@ def test_it_is_known_to_be_converted_and_can_be_reverted(other):
     assert [type(m) for m in model] == [nn.Conv2d, nn.ReLU, nn.Conv2d] and rows(model) == [8, 8]
     assert not any(name.startswith("_ssprop") for m in model.modules() for name in vars(m))
     torch.optim.SGD(model.parameters(), 0.1).step()
-    assert controller.t == 0 and not len(controller.watch._layers)
+    assert controller.t == 0 and not len(controller.step_counter._layers)
 
 
 def test_it_can_be_converted_again(other):

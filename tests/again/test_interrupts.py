@@ -6,7 +6,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from again.interrupting import every
-from ssprop_patch.iterations import _watches
+from ssprop_patch.schedule.step_counter import _watches
 
 OURS = ("_ssprop_policy", "_ssprop_membership", "_ssprop_root")
 
@@ -63,9 +63,9 @@ def state(model):
         assert names == [*OURS[:2]] * layer + [OURS[2]] * (module is model)
         patched = "_ssprop_policy" in names
         assert ("_ssprop_is_layer" in dir(type(module))) == patched
-        assert (module in controller.watch._layers) == patched
-        assert (module in controller.watch._roots) == (module is model)
-    assert watching(model) == {controller.watch}
+        assert (module in controller.step_counter._layers) == patched
+        assert (module in controller.step_counter._roots) == (module is model)
+    assert watching(model) == {controller.step_counter}
     return controller
 
 
@@ -236,7 +236,7 @@ def test_a_pause_ends():
 
     left = 0
     for model, entered in every(prepare):
-        watches = [ssp.get_controller(model[i]).watch for i in (0, 1)]
+        watches = [ssp.get_controller(model[i]).step_counter for i in (0, 1)]
         if entered._entered:  # as above
             left += 1
             assert all(watch.paused for watch in watches)

@@ -16,14 +16,25 @@ from torch.nn.utils import parametrizations
 from torch.optim import optimizer as optimizers
 
 import ssprop_patch as ssp
-from ssprop_patch import iterations, modules, opaque
+from ssprop_patch import class_swap
 from ssprop_patch.metering import optimizer_steps
+from ssprop_patch.patching import layers as modules
+from ssprop_patch.schedule import settings, step_counter
 
 X = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 def make():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_what_is_made_here():
+    """Leave out what was there before: to look through it all takes seconds each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def train(model):
@@ -113,9 +124,21 @@ def planned(model):
 
 
 ACTIONS = [
-    convert_and_revert, convert_again, fresh, deepcopy, pickled, parametrized, converted, temporary,
-    rates, metered, a_meter_that_nobody_closed, a_class_of_its_own, refused, planned,
-]  # fmt: skip
+    convert_and_revert,
+    convert_again,
+    fresh,
+    deepcopy,
+    pickled,
+    parametrized,
+    converted,
+    temporary,
+    rates,
+    metered,
+    a_meter_that_nobody_closed,
+    a_class_of_its_own,
+    refused,
+    planned,
+]
 
 
 def registries():
@@ -123,7 +146,7 @@ def registries():
     gc.collect()
     ours = {
         f"{module.__name__}.{name}": len(value)
-        for module in (iterations, opaque, modules, optimizer_steps)
+        for module in (step_counter, settings, class_swap, modules, optimizer_steps)
         for name, value in vars(module).items()
         if not name.startswith("__")
         and isinstance(value, (dict, list, set, weakref.WeakSet, weakref.WeakValueDictionary))

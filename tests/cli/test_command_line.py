@@ -18,13 +18,25 @@ ROOT = Path(__file__).parents[2]
 def command(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ssprop_patch", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_report_on_a_timm_model_has_the_totals_of_summary(read_csv):
-    process = command("report", "timm:resnet18", "--input-size", "2", "3", "64", "64",
-                      "--drop-rate", "0.6", "--csv")  # fmt: skip
+    process = command(
+        "report",
+        "timm:resnet18",
+        "--input-size",
+        "2",
+        "3",
+        "64",
+        "64",
+        "--drop-rate",
+        "0.6",
+        "--csv",
+    )
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     import timm

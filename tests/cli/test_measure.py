@@ -48,9 +48,12 @@ def test_json_has_each_layer_the_steps_and_the_setting(nets, printed):
 def test_csv_has_a_row_for_each_layer_and_part_of_a_step(nets, printed, read_csv):
     rows = read_csv(printed("measure", f"{nets}:build", *SIZE, "--csv"))
     assert [(r["kind"], r["name"]) for r in rows] == [
-        ("layer", "stem"), ("layer", "same"), ("step", "forward"), ("step", "backward"),
+        ("layer", "stem"),
+        ("layer", "same"),
+        ("step", "forward"),
+        ("step", "backward"),
         ("step", "step"),
-    ]  # fmt: skip
+    ]
     for row in rows:
         share = float(row["sparse_p50"]) / float(row["dense_p50"])
         assert float(row["share_of_dense"]) == pytest.approx(share)
@@ -102,9 +105,28 @@ def given(monkeypatch):
 
 
 def test_options_reach_what_is_timed(nets, given, refused):
-    refused("measure", f"{nets}:Two", "--input-size", 2, 3, 8, 8, "--input-size", 1, 2, 9,
-            "--channels-last", "--amp", "bf16", "--types", "Conv1d", "--iterations", 7,
-            "--drop-rate", 0.3)  # fmt: skip
+    refused(
+        "measure",
+        f"{nets}:Two",
+        "--input-size",
+        2,
+        3,
+        8,
+        8,
+        "--input-size",
+        1,
+        2,
+        9,
+        "--channels-last",
+        "--amp",
+        "bf16",
+        "--types",
+        "Conv1d",
+        "--iterations",
+        7,
+        "--drop-rate",
+        0.3,
+    )
     [(model, (image, sound), rate, kwargs)] = given
     assert image.shape == (2, 3, 8, 8) and sound.shape == (1, 2, 9)
     assert image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()

@@ -18,8 +18,10 @@ def test_without_matplotlib_a_plot_is_one_line_that_names_the_extra(
     monkeypatch.delattr(ssp, "plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     picture = tmp_path / "picture.png"
-    for words in (["schedule", "0.5", "--epochs", "2"],
-                  ["report", f"{nets}:build", "--input-size", 1, 3, 8, 8]):  # fmt: skip
+    for words in (
+        ["schedule", "0.5", "--epochs", "2"],
+        ["report", f"{nets}:build", "--input-size", 1, 3, 8, 8],
+    ):
         line, code = refused(*words, "--plot", picture)
         assert line == (
             'ssprop-patch: error: --plot needs matplotlib: pip install "ssprop_patch[plot]"\n'
@@ -30,10 +32,16 @@ def test_without_matplotlib_a_plot_is_one_line_that_names_the_extra(
 def test_a_picture_is_written_in_the_format_of_the_files_name(nets, tmp_path, printed):
     commands = {
         "rates.png": ["schedule", "BarSchedule(0.8)", "--epochs", 4],
-        "steps.svg": ["schedule", "LinearSchedule(0, 0.8, total=6, interval='step')",
-                      "--epochs", 3, "--steps-per-epoch", 2],
+        "steps.svg": [
+            "schedule",
+            "LinearSchedule(0, 0.8, total=6, interval='step')",
+            "--epochs",
+            3,
+            "--steps-per-epoch",
+            2,
+        ],
         "flops.png": ["report", f"{nets}:build", "--input-size", 2, 3, 8, 8],
-    }  # fmt: skip
+    }
     begins = {"png": b"\x89PNG", "svg": b"<?xml"}
     for name, words in commands.items():
         path = tmp_path / name
@@ -54,10 +62,19 @@ def test_what_is_drawn_is_what_was_asked_for(nets, tmp_path, printed, monkeypatc
         )
     picture = tmp_path / "p.png"
     printed("schedule", "BarSchedule(0.8)", "--epochs", 4, "--plot", picture)
-    printed("schedule", "BarSchedule(0.8, interval='step')", "--epochs", 3,
-            "--steps-per-epoch", 2, "--plot", picture)  # fmt: skip
-    printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
-            "--plot", picture)  # fmt: skip
+    printed(
+        "schedule",
+        "BarSchedule(0.8, interval='step')",
+        "--epochs",
+        3,
+        "--steps-per-epoch",
+        2,
+        "--plot",
+        picture,
+    )
+    printed(
+        "report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5, "--plot", picture
+    )
     assert given[0] == ((ssp.BarSchedule(0.8), 4), {})
     assert given[1] == ((ssp.BarSchedule(0.8, interval="step"), 3), {"steps_per_epoch": 2})
     expected = ssp.summary(load_model(f"{nets}:build"), input_size=(2, 3, 8, 8), drop_rate=0.5)

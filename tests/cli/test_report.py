@@ -23,8 +23,9 @@ def test_report_shows_the_summary_and_each_layer_that_stays_dense_with_its_reaso
 
 
 def test_report_as_json_is_plan_and_summary(nets, printed):
-    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
-                  "--json")  # fmt: skip
+    out = printed(
+        "report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5, "--json"
+    )
     model, found = load_model(f"{nets}:build"), json.loads(out)
     expected = ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5).to_dict()
     assert found["summary"] == json.loads(json.dumps(expected))
@@ -49,18 +50,48 @@ def test_report_as_csv_adds_up_to_the_summary_and_names_every_layer(nets, printe
 
 def test_report_averages_over_a_schedule(nets, printed):
     text = "LinearSchedule(0.0, 0.8, total=6, interval='step')"
-    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--schedule", text,
-                  "--epochs", 4, "--steps-per-epoch", 2, "--json")  # fmt: skip
+    out = printed(
+        "report",
+        f"{nets}:build",
+        "--input-size",
+        2,
+        3,
+        8,
+        8,
+        "--schedule",
+        text,
+        "--epochs",
+        4,
+        "--steps-per-epoch",
+        2,
+        "--json",
+    )
     expected = ssp.summary(
-        load_model(f"{nets}:build"), input_size=(2, 3, 8, 8), epochs=4, steps_per_epoch=2,
+        load_model(f"{nets}:build"),
+        input_size=(2, 3, 8, 8),
+        epochs=4,
+        steps_per_epoch=2,
         schedule=ssp.LinearSchedule(0.0, 0.8, total=6, interval="step"),
-    )  # fmt: skip
+    )
     assert json.loads(out)["summary"] == json.loads(json.dumps(expected.to_dict()))
 
 
 def test_report_counts_the_types_that_are_named(nets, printed, read_csv):
-    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
-                  "--types", "Linear", "ConvTranspose2d", "--csv")  # fmt: skip
+    out = printed(
+        "report",
+        f"{nets}:build",
+        "--input-size",
+        2,
+        3,
+        8,
+        8,
+        "--drop-rate",
+        0.5,
+        "--types",
+        "Linear",
+        "ConvTranspose2d",
+        "--csv",
+    )
     rows = read_csv(out)
     assert {r["name"] for r in rows if r["action"] == "convert"} == {"up", "head"}
     # What the importance of so small a head costs is more than it saves.
@@ -68,14 +99,28 @@ def test_report_counts_the_types_that_are_named(nets, printed, read_csv):
 
 
 def test_report_counts_aligned_channels(nets, printed):
-    out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5,
-                  "--align", 4)  # fmt: skip
+    out = printed(
+        "report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5, "--align", 4
+    )
     model = load_model(f"{nets}:build")
     aligned = str(ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5, align=4))
     assert aligned in out and "rounded up to multiples of 4" in aligned
 
 
 def test_report_takes_several_inputs(nets, printed):
-    out = printed("report", f"{nets}:Two", "--input-size", 2, 3, 8, 8, "--input-size", 1, 2, 9,
-                  "--drop-rate", 0.5)  # fmt: skip
+    out = printed(
+        "report",
+        f"{nets}:Two",
+        "--input-size",
+        2,
+        3,
+        8,
+        8,
+        "--input-size",
+        1,
+        2,
+        9,
+        "--drop-rate",
+        0.5,
+    )
     assert "input 2x3x8x8 and 1x2x9" in out and "1x4x7" in out

@@ -12,8 +12,11 @@ import ssprop_patch as ssp
 def test_schedule_prints_the_rate_of_each_epoch_and_the_average(printed):
     lines = printed("schedule", "StepSchedule([0, 0.25, 0.5], [1, 3])", "--epochs", 4).splitlines()
     assert [line.split()[:2] for line in lines[2:6]] == [
-        ["0", "0"], ["1", "0.25"], ["2", "0.25"], ["3", "0.5"],
-    ]  # fmt: skip
+        ["0", "0"],
+        ["1", "0.25"],
+        ["2", "0.25"],
+        ["3", "0.5"],
+    ]
     assert [line.count("#") for line in lines[2:6]] == [0, 10, 10, 20]
     assert lines[6].endswith("average drop rate 0.25 over 4 epochs")
 
@@ -22,8 +25,10 @@ def test_a_schedule_of_steps_prints_mean_and_range_of_each_epoch(printed):
     text = "StepSchedule([0.0, 0.5], [3], interval='step')"
     lines = printed("schedule", text, "--epochs", 3, "--steps-per-epoch", 2).splitlines()
     assert [line.split()[:4] for line in lines[2:5]] == [
-        ["0", "0", "0", "0"], ["1", "0.25", "0", "0.5"], ["2", "0.5", "0.5", "0.5"],
-    ]  # fmt: skip
+        ["0", "0", "0", "0"],
+        ["1", "0.25", "0", "0.5"],
+        ["2", "0.5", "0.5", "0.5"],
+    ]
     assert lines[5].endswith("average drop rate 0.25 over 3 epochs of 2 steps")
 
 

@@ -16,9 +16,13 @@ def plain_net():
     """Without batch norm, as per-sample gradients need it."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(8, 4),
-    ).double()  # fmt: skip
+    ).double()
 
 
 def step(model, i=0):
@@ -35,10 +39,14 @@ def private(model, mode):
     opacus = pytest.importorskip("opacus", reason="pip install opacus")
     data = [(x, y) for xs, ys in batches() for x, y in zip(xs, ys, strict=True)]
     model, optimizer, loader = opacus.PrivacyEngine().make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), 0.1),
-        data_loader=torch.utils.data.DataLoader(data, batch_size=4), noise_multiplier=0.0,
-        max_grad_norm=1.0, poisson_sampling=False, grad_sample_mode=mode,
-    )  # fmt: skip
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
     for x, y in loader:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -176,7 +184,7 @@ def test_torchao_quantization_aware_training():
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 32), nn.Linear(32, 4)
-        )  # fmt: skip
+        )
         weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
         quantization.quantize_(model, QATConfig(weight_config=weights, step="prepare"))
         return model
@@ -202,9 +210,12 @@ def test_torch_pruning():
 
     def pruned(model):
         pruner = tp.pruner.MagnitudePruner(
-            model, batches()[0][0], importance=tp.importance.MagnitudeImportance(p=2),
-            pruning_ratio=0.5, ignored_layers=[model[-1]],
-        )  # fmt: skip
+            model,
+            batches()[0][0],
+            importance=tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=0.5,
+            ignored_layers=[model[-1]],
+        )
         pruner.step()
         return model.train()  # which the library leaves in eval()
 
@@ -246,9 +257,17 @@ def relu_net():
 @pytest.mark.filterwarnings("ignore:Setting:UserWarning")
 @pytest.mark.parametrize(
     "method",
-    ["DeepLift", "LRP", "Saliency", "GuidedBackprop", "Deconvolution", "InputXGradient",
-     "IntegratedGradients", "LayerGradCam"],
-)  # fmt: skip
+    [
+        "DeepLift",
+        "LRP",
+        "Saliency",
+        "GuidedBackprop",
+        "Deconvolution",
+        "InputXGradient",
+        "IntegratedGradients",
+        "LayerGradCam",
+    ],
+)
 @pytest.mark.parametrize("rate", [0.0, 0.8])
 def test_captum_attributes_to_an_evaluated_model_as_to_a_plain_one(method, rate):
     expected = attributions(relu_net(), method)

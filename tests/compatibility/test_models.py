@@ -48,7 +48,12 @@ def test_monai(kind):
         if kind == "UNet":
             return nets.UNet(3, 1, 2, channels=(4, 8), strides=(2,), num_res_units=1).double()
         return nets.DynUNet(
-            3, 1, 2, kernel_size=[3] * 3, strides=[1, 2, 2], upsample_kernel_size=[2, 2],
+            3,
+            1,
+            2,
+            kernel_size=[3] * 3,
+            strides=[1, 2, 2],
+            upsample_kernel_size=[2, 2],
             filters=[4, 8, 8],
         ).double()
 
@@ -65,12 +70,14 @@ def test_monai_trainer():
 
     def train(model):
         SupervisedTrainer(
-            device=torch.device("cpu"), max_epochs=2,
+            device=torch.device("cpu"),
+            max_epochs=2,
             train_data_loader=[{"image": x, "label": y} for x, y in batches()],
-            network=model, optimizer=torch.optim.SGD(model.parameters(), 0.1),
+            network=model,
+            optimizer=torch.optim.SGD(model.parameters(), 0.1),
             loss_function=torch.nn.CrossEntropyLoss(),
             prepare_batch=lambda batch, device, non_blocking: (batch["image"], batch["label"]),
-        ).run()  # fmt: skip
+        ).run()
 
     assert monai.__version__
     check_training(train)
@@ -80,10 +87,16 @@ def unet():
     diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
     torch.manual_seed(0)
     return diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16),
-        layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    )
 
 
 def test_diffusers():

@@ -25,9 +25,16 @@ def test_skorch():
 
     def train(model):
         learner = skorch.NeuralNetClassifier(
-            model, criterion=nn.CrossEntropyLoss, optimizer=torch.optim.SGD, lr=0.1, max_epochs=2,
-            batch_size=4, train_split=None, iterator_train__shuffle=False, verbose=0,
-        )  # fmt: skip
+            model,
+            criterion=nn.CrossEntropyLoss,
+            optimizer=torch.optim.SGD,
+            lr=0.1,
+            max_epochs=2,
+            batch_size=4,
+            train_split=None,
+            iterator_train__shuffle=False,
+            verbose=0,
+        )
         learner.fit(x, y)
         assert learner.module_ is model
 

@@ -63,9 +63,13 @@ def make_small():
     """Quick to compile."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.Tanh(), WSConv2d(16, 12, 3, stride=2), nn.Tanh(),
-        nn.Flatten(), nn.Linear(48, 5),
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 16, 3),
+        nn.Tanh(),
+        WSConv2d(16, 12, 3, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+    ).double()
 
 
 def batch(rank, step, dtype=torch.float64):

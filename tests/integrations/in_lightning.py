@@ -57,9 +57,14 @@ def loader(batches=5):
 
 def trainer(*callbacks, epochs=4, **arguments):
     arguments = {
-        "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "accelerator": "cpu", "devices": 1, **arguments,
-    }  # fmt: skip
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "devices": 1,
+        **arguments,
+    }
     return pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **arguments)
 
 

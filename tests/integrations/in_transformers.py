@@ -51,11 +51,20 @@ def mean_of_all(output, labels, num_items_in_batch=None):
 
 def trainer(model, path, *callbacks, epochs=4, dataset=None, **arguments):
     arguments = {
-        "num_train_epochs": epochs, "per_device_train_batch_size": 4, "use_cpu": True,
-        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": "none",
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
-        "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, **arguments,
-    }  # fmt: skip
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 0,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        **arguments,
+    }
     run = Trainer(
         model,
         TrainingArguments(str(path), **arguments),

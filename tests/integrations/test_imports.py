@@ -87,9 +87,13 @@ def test_the_other_package_of_lightning_where_only_that_is_in_use(monkeypatch):
 
     model = Module()
     trainer = pl.Trainer(
-        max_epochs=4, callbacks=adapter.SsPropCallback(ssp.BarSchedule(0.7)), accelerator="cpu",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=4,
+        callbacks=adapter.SsPropCallback(ssp.BarSchedule(0.7)),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
-    )  # fmt: skip
+    )
     trainer.fit(model, torch.utils.data.DataLoader(torch.randn(4, 3, 8, 8), batch_size=2))
     assert model.rows == [10, 10, 3, 3] * 2

@@ -271,9 +271,11 @@ def test_the_log_shows_the_rate_of_every_step(schedule):
 
 @pytest.mark.parametrize("arguments", [{"log": False}, {"barebones": True}])
 def test_no_log_where_none_is_wanted(arguments):
-    run = trainer(SsPropCallback(0.5, log=arguments.get("log", True)), epochs=1, **{
-        name: value for name, value in arguments.items() if name != "log"
-    })  # fmt: skip
+    run = trainer(
+        SsPropCallback(0.5, log=arguments.get("log", True)),
+        epochs=1,
+        **{name: value for name, value in arguments.items() if name != "log"},
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*self.log")
         run.fit(Module(), loader())

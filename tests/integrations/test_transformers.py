@@ -102,12 +102,19 @@ def test_a_model_that_is_made_for_each_training(tmp_path):
 
     run = Trainer(
         args=TrainingArguments(
-            str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True,
-            report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+            str(tmp_path),
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
         ),
-        model_init=model_init, train_dataset=Images(data()),
+        model_init=model_init,
+        train_dataset=Images(data()),
         callbacks=[SsPropCallback(by_step())],
-    )  # fmt: skip
+    )
     for _ in range(2):
         run.train()
         assert run.model is made[-1] and ssp.get_controller(run.model).t == 10

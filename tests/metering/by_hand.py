@@ -23,15 +23,19 @@ def by_step():
 def net(dtype=torch.float64, groups=1):
     """Stem, body and head, an own forward not among them; biases on some."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.Tanh(),
-        nn.Conv2d(8, 12, 3, stride=2, groups=groups),
-        nn.Tanh(),
-        nn.Conv2d(12, 6, 1, bias=False),
-        nn.Flatten(),
-        nn.Linear(6 * 7 * 7, 5),
-    ).to(dtype).train()  # fmt: skip
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.Tanh(),
+            nn.Conv2d(8, 12, 3, stride=2, groups=groups),
+            nn.Tanh(),
+            nn.Conv2d(12, 6, 1, bias=False),
+            nn.Flatten(),
+            nn.Linear(6 * 7 * 7, 5),
+        )
+        .to(dtype)
+        .train()
+    )
 
 
 def batch(i, n=2, size=16, dtype=torch.float64):

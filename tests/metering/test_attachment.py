@@ -226,7 +226,7 @@ def test_converting_again_is_followed():
     meter.close()
     assert not ssp.is_converted(model[0]) and ssp.is_converted(model[6])
     assert ssp.get_controller(model).drop_rate == 0.9
-    assert set(ssp.get_controller(model).watch._layers) == {model[2], model[4], model[6]}
+    assert set(ssp.get_controller(model).step_counter._layers) == {model[2], model[4], model[6]}
 
 
 def test_reverting_while_metered_is_said_once_and_holds():
@@ -258,9 +258,10 @@ def loaded(model):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), loaded],
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), loaded],
     ids=["deepcopy", "pickle", "torch.save"],
-)  # fmt: skip
+)
 def test_a_copy_is_converted_but_not_metered(copied):
     model = ssp.convert(by_hand.net(), 0.5, exclude="^0$")
     with quiet_meter(model, channels_every=1) as meter:

@@ -72,17 +72,20 @@ def test_a_window_without_a_backward_is_not_a_number():
 
 def test_grouped_and_depthwise_channels_are_numbered_as_the_layers():
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8),
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.Conv2d(8, 8, 3, groups=8),
         torch.nn.Conv2d(8, 12, 1, groups=2),
-    ).double()  # fmt: skip
+    ).double()
     with quiet_meter(ssp.convert(model, 0.5), channels_every=1) as meter:
         train(model, 1)
         shares = meter.channels.shares()
     model.zero_grad()
     grads = gradients(model, by_hand.batch(0))
     assert {name: tuple(s.shape) for name, s in shares.items()} == {
-        "0": (1, 8), "1": (1, 8), "2": (1, 12),
-    }  # fmt: skip
+        "0": (1, 8),
+        "1": (1, 8),
+        "2": (1, 12),
+    }
     assert shares["2"].view(2, 6).sum(1).tolist() == [3, 3]
     assert shares["1"].sum() == 4
     assert grads["2.weight"].shape[0] == 12

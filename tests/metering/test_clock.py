@@ -7,7 +7,7 @@ from torch import nn
 import ssprop_patch as ssp
 from metering import by_hand
 from metering.by_hand import quiet_meter
-from ssprop_patch.metering import clock
+from ssprop_patch.metering import stopwatch
 
 
 class HandMoved:
@@ -66,7 +66,7 @@ class SlowSGD(torch.optim.SGD):
 @pytest.fixture
 def hands(monkeypatch):
     hands = HandMoved()
-    monkeypatch.setattr(clock, "HostClock", lambda: hands)
+    monkeypatch.setattr(stopwatch, "HostClock", lambda: hands)
     return hands
 
 

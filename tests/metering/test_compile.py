@@ -26,8 +26,10 @@ def test_one_graph_and_the_flops_of_what_ran(when):
     expected = by_hand.by_summary(model, by_hand.batch(0), RATES)
     ssp.convert(model, by_step(), exclude="^4$")
     expected = by_hand.by_summary(by_hand.net(), by_hand.batch(0), RATES)
-    left_out = [ssp.summary(by_hand.net(), inputs=by_hand.batch(0), drop_rate=rate).layers[2]
-                for rate in RATES]  # fmt: skip
+    left_out = [
+        ssp.summary(by_hand.net(), inputs=by_hand.batch(0), drop_rate=rate).layers[2]
+        for rate in RATES
+    ]
     more = sum(row.dense_backward - row.sparse_backward for row in left_out)
     if when == "from the compiled model":
         call = metered = compiled(model)

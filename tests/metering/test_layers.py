@@ -182,8 +182,11 @@ def test_frozen_layers_cost_what_they_do():
     model[4].requires_grad_(False)
     expected = by_hand.by_summary(model, by_hand.batch(0), RATES)
     with quiet_meter(ssp.convert(model, by_step())) as meter:
-        train(model, len(RATES), torch.optim.SGD([p for p in model.parameters()
-                                                  if p.requires_grad], 0.1))  # fmt: skip
+        train(
+            model,
+            len(RATES),
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1),
+        )
         assert counted(meter) == expected
         stem = meter.report().layers[0].totals
         assert (stem.forwards, stem.backwards) == (len(RATES), 0)
@@ -235,8 +238,12 @@ def test_only_gradients_that_are_needed_count():
 def test_a_detection_model_whose_heads_run_at_every_scale():
     torch.manual_seed(0)
     model = torchvision.models.detection.retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64,
-    ).train()  # fmt: skip
+        weights=None,
+        weights_backbone=None,
+        num_classes=3,
+        min_size=64,
+        max_size=64,
+    ).train()
     images = [torch.rand(3, 64, 64)]
     targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
 

@@ -37,15 +37,15 @@ def test_each_step_logs_the_rate_that_was_in_force_in_it():
 
 def test_the_rate_is_that_of_the_step_whoever_hears_of_it_first():
     """Controller and meter are told of a step in an order that nobody fixes."""
-    from ssprop_patch import iterations
+    from ssprop_patch.schedule import step_counter
 
     for order in (sorted, lambda *a, **k: sorted(*a, **k, reverse=True)):
         model, rates = ssp.convert(by_hand.net(), by_step()), []
         with quiet_meter(model) as meter:
-            watches = [ssp.get_controller(model).watch, meter._watch]
+            watches = [ssp.get_controller(model).step_counter, meter._watch]
             meter.log_to(lambda scalars, step, to=rates: to.append(scalars["ssprop/drop_rate"]))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(iterations, "_watches", order(watches, key=watches.index))
+                patch.setattr(step_counter, "_watches", order(watches, key=watches.index))
                 train(model, len(RATES))
         assert rates == list(RATES)
 

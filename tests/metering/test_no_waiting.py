@@ -9,7 +9,7 @@ import torch
 import ssprop_patch as ssp
 from metering import by_hand
 from metering.by_hand import by_step, counted, quiet_meter
-from ssprop_patch.metering import clock
+from ssprop_patch.metering import stopwatch
 
 WAITS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
@@ -78,7 +78,7 @@ def test_such_a_reading_would_be_noticed(read):
 class FakeEvent:
     """Of a device that is ever so far behind; in units of one call."""
 
-    made, synchronized, now = 0, 0, 0
+    made, waited, now = 0, 0, 0
 
     def __init__(self, enable_timing=False):
         assert enable_timing
@@ -93,7 +93,7 @@ class FakeEvent:
         return FakeEvent.done >= self.at
 
     def synchronize(self):
-        FakeEvent.synchronized += 1
+        FakeEvent.waited += FakeEvent.done < self.at
         FakeEvent.done = max(FakeEvent.done, self.at)
 
     def elapsed_time(self, end):
@@ -103,14 +103,14 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_cuda():
-    FakeEvent.made = FakeEvent.synchronized = FakeEvent.now = 0
+    FakeEvent.made = FakeEvent.waited = FakeEvent.now = 0
     FakeEvent.done = 0
     streams = {torch.device("cuda:1"): "the model's stream"}
     with (
         mock.patch.object(torch.cuda, "Event", FakeEvent),
         mock.patch.object(torch.cuda, "current_stream", streams.get),
     ):
-        yield clock.Stopwatch.on(torch.device("cuda:1"))
+        yield stopwatch.Stopwatch.on(torch.device("cuda:1"))
 
 
 def test_events_are_read_once_the_device_has_passed_them_and_no_sooner(fake_cuda):
@@ -118,12 +118,12 @@ def test_events_are_read_once_the_device_has_passed_them_and_no_sooner(fake_cuda
     for _ in range(200):
         watch.start("forward")
         watch.stop("forward")
-    assert FakeEvent.synchronized == 0
+    assert FakeEvent.waited == 0
     assert len(watch._waiting) == 200  # the device is behind: nothing can be read
     FakeEvent.done = FakeEvent.now
     watch.start("forward")
     watch.stop("forward")
-    assert FakeEvent.synchronized <= 200 and len(watch._waiting) <= watch._ENOUGH
+    assert FakeEvent.waited == 0 and len(watch._waiting) <= watch._ENOUGH
     assert watch.seconds() == {"forward": 201.0}
 
 
@@ -131,11 +131,11 @@ def test_asking_waits_for_the_device(fake_cuda):
     fake_cuda.start("backward")
     fake_cuda.stop("backward")
     assert fake_cuda.seconds() == {"backward": 1.0}
-    assert FakeEvent.synchronized == 1
+    assert FakeEvent.waited == 1
 
 
 def test_other_devices_have_no_seconds():
-    watch = clock.Stopwatch.on(torch.device("xpu"))
+    watch = stopwatch.Stopwatch.on(torch.device("xpu"))
     watch.start("forward")
     watch.stop("forward")
     assert watch.seconds() == {}

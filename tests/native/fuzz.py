@@ -15,16 +15,21 @@ import fuzz_passes
 import fuzz_reference
 import torch
 
-from ssprop_patch import backward, ways
-from ssprop_patch.kept import ConvParams, Kept
-from ssprop_patch.native import tensors
-from ssprop_patch.selection import l1_scores, l2_scores
+from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.selection import l1_scores, l2_scores
+from ssprop_patch.ops import algorithms, backward
+from ssprop_patch.ops.channel_gradients import KeptChannels
+from ssprop_patch.ops.native import tensors
 
 DTYPES = (torch.float32, torch.float64)
 LAYOUTS = (
     *["contiguous", "last", "offset", "offset last"] * 3,
-    "strided", "turned", "transposed", "expanded", "overlapping",
-)  # fmt: skip
+    "strided",
+    "turned",
+    "transposed",
+    "expanded",
+    "overlapping",
+)
 VALUES = (*["normal"] * 6, "integers", "zeros", "equal", "not finite", "not finite", "all nan")
 
 
@@ -87,12 +92,16 @@ def _draw(rng):
     shapes = (n, c_out, *out), (n, groups * inputs, *size), (c_out, inputs, *kernel)
     choose_from = c_out if groups in (1, c_out) else outputs
     return Case(
-        params, shapes, tuple(rng.choice(LAYOUTS) for _ in shapes), rng.choice(DTYPES),
-        rng.choice(VALUES), rng.choice((1, *[rng.randint(1, choose_from)] * 3, choose_from)),
+        params,
+        shapes,
+        tuple(rng.choice(LAYOUTS) for _ in shapes),
+        rng.choice(DTYPES),
+        rng.choice(VALUES),
+        rng.choice((1, *[rng.randint(1, choose_from)] * 3, choose_from)),
         rng.choice(("l1", "l1", "l2", "function")),
         rng.choice(((True,) * 3, (True,) * 3, tuple(rng.random() < 0.5 for _ in range(3)))),
         rng.choice((1,) * 7 + (2, 3)),
-    )  # fmt: skip
+    )
 
 
 def lying(t, layout):
@@ -136,8 +145,7 @@ def tensors_of(case, rng):
         if rng.random() < 0.3:
             dy[:, : dy.shape[1] // 2 + 1] = float("inf")
     return (
-        lying(t.to(case.dtype), layout)
-        for t, layout in zip((dy, x, w), case.layouts, strict=True)
+        lying(t.to(case.dtype), layout) for t, layout in zip((dy, x, w), case.layouts, strict=True)
     )
 
 
@@ -163,10 +171,14 @@ def run_conv(case, rng):
         fuzz_reference.compare(got, expected, case.needed, x.dtype, "by rule")
         if len(expected.index) == dy.shape[1]:
             return "dense"
-        names_x, names_w = ways.possible(x, w, case.params)
-        other = ways.Ways(rng.choice(names_x), rng.choice(names_w))
-        for way in (ways.Ways("direct", "direct"), ways.Ways("rows", "rows"), other):
-            kept = Kept(dy, x, w, *args, score_fn)
+        names_x, names_w = algorithms.candidates(x, w, case.params)
+        other = algorithms.Algorithms(rng.choice(names_x), rng.choice(names_w))
+        for way in (
+            algorithms.Algorithms("direct", "direct"),
+            algorithms.Algorithms("rows", "rows"),
+            other,
+        ):
+            kept = KeptChannels(dy, x, w, *args, score_fn)
             if rng.random() < 0.3:
                 assert torch.equal(kept.index, expected.index), (kept.index, expected.index)
             got = way.run(kept, case.needed)
@@ -176,7 +188,7 @@ def run_conv(case, rng):
 
 
 class threads:
-    """So many threads for tensors of any size."""
+    """A number of threads for tensors of any size."""
 
     def __init__(self, number):
         self.number = number

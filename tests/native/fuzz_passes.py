@@ -1,4 +1,4 @@
-"""Random calls of the passes over memory, by the front of :mod:`ssprop_patch.passes`."""
+"""Random calls of the passes over memory, by the front of :mod:`ssprop_patch.ops.channel_ops`."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import fuzz_reference
 import torch
 
-from ssprop_patch import native, passes
+from ssprop_patch.ops import channel_ops, native
 
 PASSES = ("sums", "largest", "chosen", "take", "put rows", "put sums", "rows", "norm", "norm")
 
@@ -51,7 +51,7 @@ def _sums(rng, normal, t, index):
     if rng.random() < 0.2 and t.numel() and t.stride(0):
         t.flatten(1)[0, 0] = rng.choice((math.inf, math.nan)) if t.is_contiguous() else 1.0
     expected = t.double().abs().pow(order).sum([0, *range(2, t.dim())])
-    fuzz_reference.assert_close(passes.channel_sum(t, order), expected, "channel_sum")
+    fuzz_reference.assert_close(channel_ops.channel_sum(t, order), expected, "channel_sum")
 
 
 def _groups(rng, channels):
@@ -74,11 +74,11 @@ def _largest(rng, normal, t, index):
     k = rng.randint(1, t.shape[1] // groups)
     expected = fuzz_reference.choose(scores.tolist(), groups, k)
     if native.is_available(scores):
-        assert torch.equal(native.largest(scores, k, groups), expected), "largest in C"
-    assert torch.equal(passes.largest(scores, k, groups), expected), "largest"
+        assert torch.equal(native.topk_indices(scores, k, groups), expected), "largest in C"
+    assert torch.equal(channel_ops.topk_indices(scores, k, groups), expected), "largest"
     integers = scores.nan_to_num(7.0, 5.0, -5.0).mul(2).long()  # not for C
     expected = fuzz_reference.choose(integers.tolist(), groups, k)
-    assert torch.equal(passes.largest(integers, k, groups), expected), "largest of torch"
+    assert torch.equal(channel_ops.topk_indices(integers, k, groups), expected), "largest of torch"
 
 
 def _chosen(rng, normal, t, index):
@@ -86,15 +86,15 @@ def _chosen(rng, normal, t, index):
     order, groups = rng.choice((1, 2)), _groups(rng, t.shape[1])
     groups = 1 if groups == t.shape[1] else groups
     k = rng.randint(1, t.shape[1] // groups)
-    got = passes.largest_channels(t, order, k, groups)
+    got = channel_ops.topk_channels(t, order, k, groups)
     assert (got is not None) == native.is_available(t)
     if got is not None:
         scores, _ = fuzz_reference.sums(t, order)
-        assert torch.equal(got, fuzz_reference.choose(scores, groups, k)), "largest_channels"
+        assert torch.equal(got, fuzz_reference.choose(scores, groups, k)), "topk_channels"
 
 
 def _take(rng, normal, t, index):
-    got = passes.take_channels(t, index)
+    got = channel_ops.take_channels(t, index)
     assert torch.equal(got, t[:, index]), "take_channels"
 
 
@@ -102,11 +102,11 @@ def _put_rows(rng, normal, t, index):
     like = t.transpose(0, 1)
     like = like.contiguous() if rng.random() < 0.7 else like
     rows = normal(len(index), *like.shape[1:])
-    before, passes._LARGE_WEIGHT = passes._LARGE_WEIGHT, 0
+    before, channel_ops._LARGE_WEIGHT = channel_ops._LARGE_WEIGHT, 0
     try:
-        got = passes.put_rows(rows, index, like)
+        got = channel_ops.put_rows(rows, index, like)
     finally:
-        passes._LARGE_WEIGHT = before
+        channel_ops._LARGE_WEIGHT = before
     expected = torch.zeros(like.shape, dtype=like.dtype).index_copy_(0, index, rows)
     assert torch.equal(got, expected), "put_rows"
 
@@ -114,7 +114,7 @@ def _put_rows(rng, normal, t, index):
 def _put_sums(rng, normal, t, index):
     like = t.transpose(0, 1).contiguous()
     parts = normal(rng.choice((1, 2, 5)), len(index), *like.shape[1:])
-    got = passes.put_sums(parts, index, like)
+    got = channel_ops.put_sums(parts, index, like)
     expected = torch.zeros(like.shape, dtype=torch.float64)
     expected.index_copy_(0, index, parts.double().sum(0))
     fuzz_reference.assert_close(got, expected, "put_sums")
@@ -158,15 +158,21 @@ def _norm(rng, normal, t, index):
     scale = invstd if weight is None else invstd * weight.double()
     dy = dy * scale.view(line)
     vectors = weight, mean.to(t.dtype), invstd.to(t.dtype)
-    got = passes.norm_sums(dz, t, *vectors, order, relu_out)
+    got = channel_ops.norm_sums(dz, t, *vectors, order, relu_out)
     expected = sum_dz, sum_dz_xhat, dy.abs().pow(order).sum(dims)
     for sums, reference in zip((got.dz, got.dz_xhat, got.dy), expected, strict=True):
         fuzz_reference.assert_close(sums, reference, "norm_sums")
-    got = passes.norm_input_grad(dz, t, *vectors, got.dz, got.dz_xhat, index, relu_out)
+    got = channel_ops.norm_input_grad(dz, t, *vectors, got.dz, got.dz_xhat, index, relu_out)
     fuzz_reference.assert_close(got, dy[:, index], "norm_input_grad")
 
 
 _RUN = {
-    "sums": _sums, "largest": _largest, "chosen": _chosen, "take": _take, "put rows": _put_rows,
-    "put sums": _put_sums, "rows": _rows, "norm": _norm,
-}  # fmt: skip
+    "sums": _sums,
+    "largest": _largest,
+    "chosen": _chosen,
+    "take": _take,
+    "put rows": _put_rows,
+    "put sums": _put_sums,
+    "rows": _rows,
+    "norm": _norm,
+}

@@ -62,9 +62,18 @@ class Expected:
 
 def _dense(dy, x, w, p):
     return torch.ops.aten.convolution_backward(
-        dy, x, w, [w.shape[0]], p.stride, p.padding, p.dilation, False, (0,) * len(p.stride),
-        p.groups, [True] * 3,
-    )  # fmt: skip
+        dy,
+        x,
+        w,
+        [w.shape[0]],
+        p.stride,
+        p.padding,
+        p.dilation,
+        False,
+        (0,) * len(p.stride),
+        p.groups,
+        [True] * 3,
+    )
 
 
 def expect(dy, x, w, p, k, order):

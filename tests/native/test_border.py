@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch import native, passes, ways
-from ssprop_patch.backward import linear_backward, sparse_backward
-from ssprop_patch.kept import ConvParams, Kept, dense_backward
-from ssprop_patch.native import build, conv, tensors
-from ssprop_patch.selection import l1_scores, select_channels
+from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.reference import dense_backward
+from ssprop_patch.core.selection import l1_scores
+from ssprop_patch.ops import algorithms, channel_ops, native
+from ssprop_patch.ops.backward import linear_backward, sparse_backward
+from ssprop_patch.ops.channel_gradients import KeptChannels
+from ssprop_patch.ops.channel_scores import select_channels
+from ssprop_patch.ops.native import build, conv, tensors
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 ALL = (True, True, True)
@@ -135,8 +138,14 @@ def test_shapes_that_do_not_fit_are_left_to_torch():
         assert conv.conv_backward(dy.contiguous(), x, w, p, 2, 1, ALL) is None
     for k in (0, 9, -1):
         assert conv.conv_backward(good, x, w, p, k, 1, ALL) is None
-    for other in (params(2, groups=2), params(2, groups=3), params(2, stride=2), params(3),
-                  p._replace(transposed=True), p._replace(padding=(-1, -1))):  # fmt: skip
+    for other in (
+        params(2, groups=2),
+        params(2, groups=3),
+        params(2, stride=2),
+        params(3),
+        p._replace(transposed=True),
+        p._replace(padding=(-1, -1)),
+    ):
         assert conv.conv_backward(good, x, w, other, 2, 1, ALL) is None
     taken = good[:, :2].contiguous()
     assert conv.conv_dx(taken, x, w, index, p) is not None
@@ -194,8 +203,12 @@ def test_indices_are_checked(function):
     for bad in ([1, 6], [-1, 5], [0, 2**62]):
         with pytest.raises(IndexError, match="out of range"):
             function(torch.tensor(bad))
-    for bad in (torch.tensor([1, 5], dtype=torch.int32), torch.tensor([1, 5], device="meta"),
-                torch.tensor([[1, 5]]), torch.tensor([1.0, 5.0])):  # fmt: skip
+    for bad in (
+        torch.tensor([1, 5], dtype=torch.int32),
+        torch.tensor([1, 5], device="meta"),
+        torch.tensor([[1, 5]]),
+        torch.tensor([1.0, 5.0]),
+    ):
         with pytest.raises((ValueError, IndexError)):
             function(bad)
 
@@ -217,10 +230,10 @@ def test_a_number_to_keep_that_there_is_not(dtype):
     scores = torch.ones(6, dtype=dtype)
     for k, groups in ((7, 1), (4, 2), (0, 1), (-1, 1), (1, 4), (1, 0), (1, -6)):
         with pytest.raises(ValueError, match="cannot choose"):
-            passes.largest(scores, k, groups)
+            channel_ops.topk_indices(scores, k, groups)
     if build.find_compiler() is not None:
         with pytest.raises(ValueError, match="cannot choose"):
-            native.largest_channels(torch.ones(2, 6, 3), 1, 4, 2)
+            native.topk_channels(torch.ones(2, 6, 3), 1, 4, 2)
 
 
 def test_no_more_threads_than_there_is_memory_for(monkeypatch):
@@ -252,11 +265,11 @@ def test_memory_does_not_grow_with_stride_and_dilation(dims, kernel, p):
     y = torch.nn.functional
     forward = {1: y.conv1d, 2: y.conv2d, 3: y.conv3d}[dims]
     dy = torch.randn_like(forward(x, w, None, *p[:4]))
-    assert "direct" not in ways.possible(x, w, p)[0]
+    assert "direct" not in algorithms.candidates(x, w, p)[0]
     compare(dy, x, w, p, 1)
     for name in ("direct", "rows"):  # loaded from a file
-        kept = Kept(dy, x, w, p, 1, l1_scores)
-        grads = ways.Ways(name, name).run(kept, ALL)
+        kept = KeptChannels(dy, x, w, p, 1, l1_scores)
+        grads = algorithms.Algorithms(name, name).run(kept, ALL)
         expected = sparse_backward(dy, x, w, p, 1, l1_scores, ALL)
         for grad, same in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, same)
@@ -285,7 +298,7 @@ def test_usual_layers_are_small(size, kernel, p):
 def test_a_sparse_gradient_is_an_error():
     layer = ssp.convert(nn.Conv2d(3, 6, 3), 0.5)
     y = layer(torch.randn(2, 3, 5, 5))
-    with pytest.raises(RuntimeError, match="ordinary tensors, got torch.sparse_coo"):
+    with pytest.raises(RuntimeError, match=r"ordinary tensors, got torch\.sparse_coo"):
         y.backward(torch.ones_like(y).to_sparse())
 
 
@@ -319,12 +332,16 @@ def test_what_is_not_finite_at_a_border_goes_where_it_does_in_torch(value, last,
         for changed in (False, True):
             if changed:
                 w[:, :, 0, 2] = value
-            kept = Kept(dy, x, w, p, 1, l1_scores)
-            expected = ways.gather(kept, ALL)
+            kept = KeptChannels(dy, x, w, p, 1, l1_scores)
+            expected = algorithms.gather(kept, ALL)
             assert not expected[1].isfinite().all() and expected[1][kept.index].isfinite().any()
             for grads in (
-                ways.direct(Kept(dy, x, w, p, 1, l1_scores), ALL),
-                (ways.direct_dx(kept), ways.direct_dw(kept), ways.direct(kept, ALL)[2]),
+                algorithms.direct(KeptChannels(dy, x, w, p, 1, l1_scores), ALL),
+                (
+                    algorithms.direct_dx(kept),
+                    algorithms.direct_dw(kept),
+                    algorithms.direct(kept, ALL)[2],
+                ),
             ):
                 for grad, reference in zip(grads, expected, strict=True):
                     torch.testing.assert_close(grad, reference, equal_nan=True)
@@ -338,7 +355,7 @@ def test_a_process_that_forked_after_threads_ran():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = native.largest_channels(t, 1, 8, 1).tolist()
+        expected = native.topk_channels(t, 1, 8, 1).tolist()
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         process = context.Process(target=_in_a_fork, args=(t, queue))
@@ -354,19 +371,21 @@ def test_a_process_that_forked_after_threads_ran():
 
 def _in_a_fork(t, queue):
     torch.set_num_threads(1)  # as in a DataLoader's workers
-    queue.put(native.largest_channels(t, 1, 8, 1).tolist())
+    queue.put(native.topk_channels(t, 1, 8, 1).tolist())
 
 
 @pytest.mark.parametrize("groups", [1, 5])
 def test_a_single_channel_goes_to_torch_in_one_format(groups, monkeypatch):
     # With strides (14, 1, 2, 1) torch 2.14 corrupts the heap.
     seen = []
-    monkeypatch.setattr(ways, "dense_backward", lambda *a: seen.append(a) or dense_backward(*a))
+    monkeypatch.setattr(
+        algorithms, "dense_backward", lambda *a: seen.append(a) or dense_backward(*a)
+    )
     x = torch.randn(7, 7, 2, 5).movedim(-1, 1)
     dy, w = torch.randn(7, 7, 1, 5).movedim(-1, 1), torch.randn(5, 5 // groups, 1, 1)
     p = ConvParams((1, 2), (0, 0), (1, 1), groups)
-    kept = Kept(dy, x, w, p, 1, l1_scores)
-    grads = ways.gather(kept, ALL)
+    kept = KeptChannels(dy, x, w, p, 1, l1_scores)
+    grads = algorithms.gather(kept, ALL)
     if groups == 1:
         assert not seen  # not even in one format: it is a matrix product
     else:

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch import functional, native, passes, ways
-from ssprop_patch.backward import linear_backward
-from ssprop_patch.kept import ConvParams, Kept
-from ssprop_patch.native import build
-from ssprop_patch.selection import select_channels
+from ssprop_patch import functional
+from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.selection import resolve_selection
+from ssprop_patch.ops import algorithms, channel_ops, native
+from ssprop_patch.ops.backward import linear_backward
+from ssprop_patch.ops.channel_gradients import KeptChannels
+from ssprop_patch.ops.channel_scores import select_channels
+from ssprop_patch.ops.native import build
 
 INF, NAN = math.inf, math.nan
 
@@ -36,7 +39,7 @@ def way(request, monkeypatch):
 def test_every_order_of_special_scores(dtype):
     for scores in itertools.product((NAN, -NAN, INF, 0.0, -0.0, -INF), repeat=4):
         for k in (1, 2, 3):
-            index = passes.largest(torch.tensor(scores, dtype=dtype), k, 1)
+            index = channel_ops.topk_indices(torch.tensor(scores, dtype=dtype), k, 1)
             assert torch.equal(index, fuzz_reference.choose(scores, 1, k)), (scores, k)
 
 
@@ -46,16 +49,21 @@ def test_every_order_of_special_scores(dtype):
 def test_of_equal_scores_the_first(value, groups):
     scores = torch.full((100,), value)
     k = 3
-    index = passes.largest(scores, k, groups).view(groups, k)
+    index = channel_ops.topk_indices(scores, k, groups).view(groups, k)
     assert index.tolist() == [[g * 100 // groups + j for j in range(k)] for g in range(groups)]
 
 
 @pytest.mark.usefixtures("way")
 def test_the_rule_of_a_few():
     scores = torch.tensor([1.0, INF, -0.0, NAN, 0.0, INF, NAN, 1.0])
-    for k, expected in ((1, [3]), (2, [3, 6]), (3, [1, 3, 6]), (5, [0, 1, 3, 5, 6]),
-                        (7, [0, 1, 2, 3, 5, 6, 7])):  # fmt: skip
-        assert passes.largest(scores, k, 1).tolist() == expected
+    for k, expected in (
+        (1, [3]),
+        (2, [3, 6]),
+        (3, [1, 3, 6]),
+        (5, [0, 1, 3, 5, 6]),
+        (7, [0, 1, 2, 3, 5, 6, 7]),
+    ):
+        assert channel_ops.topk_indices(scores, k, 1).tolist() == expected
 
 
 @pytest.mark.usefixtures("way")
@@ -86,7 +94,7 @@ def test_sums_of_equal_channels_are_equal_in_c(channels, last, order, shape):
     t = one.expand(3, channels, *shape)
     t = t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
     assert native.channel_sums(t, order).unique().numel() == 1
-    assert native.largest_channels(t, order, 2, 1).tolist() == [0, 1]
+    assert native.topk_channels(t, order, 2, 1).tolist() == [0, 1]
 
 
 # --- dropped channels ---------------------------------------------------------------------------
@@ -114,12 +122,15 @@ def test_what_a_dropped_channel_holds_goes_nowhere(
     dy = torch.full((3, 8, size, size), value, dtype=dtype)
     dy[:, kept] = torch.randn(3, 2, size, size).to(dtype)
     k = 1 if groups == 2 else 2
-    names_x, names_w = ways.possible(x, w, p)
+    names_x, names_w = algorithms.candidates(x, w, p)
     assert len(names_x) >= (2 if groups > 1 else 1)
-    for names in ({(name, "gather") for name in names_x} | {("gather", name) for name in names_w}
-                  | {(name, name) for name in set(names_x) & set(names_w)}):  # fmt: skip
-        choice = Kept(dy, x, w, p, k, lambda dy: scores)
-        dx, dw, db = ways.Ways(*names).run(choice, (True, True, True))
+    for names in (
+        {(name, "gather") for name in names_x}
+        | {("gather", name) for name in names_w}
+        | {(name, name) for name in set(names_x) & set(names_w)}
+    ):
+        choice = KeptChannels(dy, x, w, p, k, lambda dy: scores)
+        dx, dw, db = algorithms.Algorithms(*names).run(choice, (True, True, True))
         assert choice.index.tolist() == kept
         for grad in (dx, dw, db):
             assert grad.isfinite().all(), names
@@ -130,10 +141,12 @@ def test_what_a_dropped_channel_holds_goes_nowhere(
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("value", [INF, NAN])
 def test_more_channels_that_are_not_finite_than_are_kept(value):
-    for layer, x in ((nn.Conv2d(4, 8, 3), torch.randn(2, 4, 6, 6)),
-                     (nn.Conv2d(8, 8, 3, groups=8), torch.randn(2, 8, 6, 6)),
-                     (nn.ConvTranspose2d(4, 8, 3), torch.randn(2, 4, 6, 6)),
-                     (nn.Linear(4, 8), torch.randn(5, 4))):  # fmt: skip
+    for layer, x in (
+        (nn.Conv2d(4, 8, 3), torch.randn(2, 4, 6, 6)),
+        (nn.Conv2d(8, 8, 3, groups=8), torch.randn(2, 8, 6, 6)),
+        (nn.ConvTranspose2d(4, 8, 3), torch.randn(2, 4, 6, 6)),
+        (nn.Linear(4, 8), torch.randn(5, 4)),
+    ):
         ssp.convert(layer, 0.75, types=type(layer))
         y = layer(x)
         dy = torch.randn_like(y)
@@ -166,7 +179,7 @@ def test_half_precision_follows_the_same_rule():
     dy[:, 6] = NAN
     dy[:, 3] = INF
     for selection in ("l1", "l2"):
-        score_fn = ssp.selection.resolve_selection(selection)
+        score_fn = resolve_selection(selection)
         assert select_channels(dy, 4, 1, score_fn).tolist() == [0, 1, 3, 6]
 
 
@@ -180,12 +193,19 @@ class Subclass(torch.Tensor):
 @pytest.mark.parametrize(
     "change",
     [
-        torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.double, torch.Tensor.long,
-        torch.Tensor.int, lambda t: t.to(torch.uint8), lambda t: t.as_subclass(Subclass),
-        nn.Parameter, lambda t: t.requires_grad_(), lambda t: torch.stack([t, t], 1)[:, 0],
+        torch.Tensor.half,
+        torch.Tensor.bfloat16,
+        torch.Tensor.double,
+        torch.Tensor.long,
+        torch.Tensor.int,
+        lambda t: t.to(torch.uint8),
+        lambda t: t.as_subclass(Subclass),
+        nn.Parameter,
+        lambda t: t.requires_grad_(),
+        lambda t: torch.stack([t, t], 1)[:, 0],
         lambda t: torch.complex(t, -t).conj().imag,
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("groups, expected", [(1, [3, 5]), (2, [1, 2, 3, 5])])
 def test_scores_in_any_ordinary_tensor(change, groups, expected):
     scores = torch.tensor([0.0, 1.0, 2.0, 7.0, 3.0, 6.0])
@@ -219,5 +239,6 @@ def test_scores_in_a_tensor_without_memory():
     from torch._subclasses import FakeTensorMode
 
     with pytest.raises(TypeError, match="got a FakeTensor"):
-        select_channels(torch.ones(2, 6, 3), 2, 1,
-                        lambda dy: FakeTensorMode().from_tensor(torch.ones(6)))  # fmt: skip
+        select_channels(
+            torch.ones(2, 6, 3), 2, 1, lambda dy: FakeTensorMode().from_tensor(torch.ones(6))
+        )

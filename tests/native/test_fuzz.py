@@ -8,7 +8,7 @@ from pathlib import Path
 import fuzz
 import pytest
 
-from ssprop_patch.native import build
+from ssprop_patch.ops.native import build
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 CASES, AT_A_TIME = 3000, 250
@@ -74,10 +74,10 @@ def test_random_cases_with_sanitizers(sanitized):
 def test_the_sanitizers_see_a_read_behind_the_end(sanitized):
     code = """
 import torch
-from ssprop_patch.native.build import library
+from ssprop_patch.ops.native.build import library
 scores, work, index = torch.zeros(8), torch.zeros(80), torch.zeros(80, dtype=torch.int64)
 print("called", flush=True)
-library("float").largest(scores.data_ptr(), 1, 80, 1, work.data_ptr(), index.data_ptr())
+library("float").topk_indices(scores.data_ptr(), 1, 80, 1, work.data_ptr(), index.data_ptr())
 """
     done = _run(sanitized, "-c", code)
     assert "called" in done.stdout and done.returncode != 0

@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from ssprop_patch import autograd, kernels, timing
-from ssprop_patch.timing import layers, turns
+from ssprop_patch import kernels, timing
+from ssprop_patch.ops import autograd
+from ssprop_patch.timing import interleaved, layers
 
 from .networks import X, net
 
@@ -22,7 +23,7 @@ def once(monkeypatch):
 
     def alternate(sides, iterations, warmup=0):
         given.append(sides)
-        return {side: [turns.Quantiles(1.0, 2.0, 3.0)] for side in sides}
+        return {side: [interleaved.Quantiles(1.0, 2.0, 3.0)] for side in sides}
 
     monkeypatch.setattr(layers, "alternate", alternate)
     monkeypatch.setattr(layers, "_BURST_SECONDS", 0.0)
@@ -170,7 +171,7 @@ def test_linear_layers_and_layers_that_keep_all_channels_say_so(monkeypatch):
 
 def test_a_row_says_which_side_is_faster():
     def row(dense, sparse):
-        q = [turns.Quantiles(0.0, ms, 9.0) for ms in (dense, sparse)]
+        q = [interleaved.Quantiles(0.0, ms, 9.0) for ms in (dense, sparse)]
         return timing.LayerTime("a", "Conv2d", 1, (1,), (1,), (1,), *q, "gather")
 
     assert row(4.0, 1.0).pays and row(4.0, 1.0).share == 0.25

@@ -16,9 +16,7 @@ class WSConv2d(nn.Conv2d):
     def forward(self, x):
         mean, std = self.weight.mean((1, 2, 3), True), self.weight.std((1, 2, 3), keepdim=True)
         weight = (self.weight - mean) / (std + 1e-5)
-        return F.conv2d(
-            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Small(nn.Module):

@@ -95,17 +95,25 @@ def test_timm_merges_the_branches_of_a_converted_network():
 # --- quantization -------------------------------------------------------------------------------
 
 ENGINE = next(
-    (e for e in ("fbgemm", "x86", "onednn", "qnnpack")
-     if e in torch.backends.quantized.supported_engines), None
-)  # fmt: skip
+    (
+        e
+        for e in ("fbgemm", "x86", "onednn", "qnnpack")
+        if e in torch.backends.quantized.supported_engines
+    ),
+    None,
+)
 
 
 def to_quantize(train=False):
     torch.manual_seed(0)
     layers = nn.Sequential(
-        quantization.QuantStub(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3), quantization.DeQuantStub(),
-    )  # fmt: skip
+        quantization.QuantStub(),
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        quantization.DeQuantStub(),
+    )
     return layers.train(train)
 
 

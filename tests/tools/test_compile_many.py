@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
-from ssprop_patch import opaque
+from ssprop_patch.schedule import settings
 
-from .compiling import INDUCTOR, fresh_compiler  # noqa: F401
+from .compiling import INDUCTOR
 from .networks import WSConv2d, assert_same, gradients, loss_of
 
 TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -265,7 +265,7 @@ def test_nothing_of_rates_and_conversions_stays():
     model = blocks()
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     gc.collect()
-    before, gone = len(opaque._settings), []
+    before, gone = len(settings._settings), []
     for i in range(100):
         ssp.convert(model, 0.5, types=TYPES)
         controller = ssp.get_controller(model)
@@ -279,7 +279,7 @@ def test_nothing_of_rates_and_conversions_stays():
     del controller
     gc.collect()
     assert not [tensor for tensor in gone if tensor() is not None]
-    assert len(opaque._settings) <= before
+    assert len(settings._settings) <= before
 
 
 @pytest.mark.parametrize("made", [torch.inference_mode, lambda: torch.device("meta")])

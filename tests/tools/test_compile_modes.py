@@ -31,10 +31,12 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize(
     "schedule",
-    [ssp.LinearSchedule(0.1, 0.8, 12, interval="step"),
-     ssp.BarSchedule(0.8, period=2, interval="step")],
+    [
+        ssp.LinearSchedule(0.1, 0.8, 12, interval="step"),
+        ssp.BarSchedule(0.8, period=2, interval="step"),
+    ],
     ids=lambda s: type(s).__name__,
-)  # fmt: skip
+)
 def test_once_both_graphs_are_there_torch_may_forbid_any_other(schedule):
     model = ssp.convert(tiny(), schedule=schedule)
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -45,9 +47,11 @@ def test_once_both_graphs_are_there_torch_may_forbid_any_other(schedule):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for t in range(2, 13):
             controller.step(t)
-            expected = gradients(tiny(), images()) if schedule(t) == 0 else (
-                oracle_gradients(tiny(), images(), schedule(t))
-            )  # fmt: skip
+            expected = (
+                gradients(tiny(), images())
+                if schedule(t) == 0
+                else (oracle_gradients(tiny(), images(), schedule(t)))
+            )
             assert_same(gradients(model, images(), call), expected)
 
 

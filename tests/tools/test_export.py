@@ -19,7 +19,7 @@ from .networks import (
 RATE = 0.5
 NETWORKS = {"small": small, "own_forwards": own_forwards}
 
-# With torch 2.6, which does not say that it exports, one has to be in eval mode: see README.
+# With torch 2.6, which does not say that it exports, one has to be in eval mode: docs/limits.md.
 MODES = [False, True] if hasattr(torch.compiler, "is_exporting") else [False]
 
 
@@ -27,8 +27,9 @@ def calls(exported):
     """Every operator with its inputs by name: the graph, but for object identities."""
     return [
         (str(n.target), str(n.args), str(n.kwargs))
-        for n in exported.graph.nodes if n.op == "call_function"
-    ]  # fmt: skip
+        for n in exported.graph.nodes
+        if n.op == "call_function"
+    ]
 
 
 def export(model, x, **kwargs):

@@ -95,9 +95,7 @@ def test_timm_extractor_that_is_converted_itself(name):
     extractor = ssp.convert(timm_extractor(model, names), RATE)
     assert_same(gradients(model, x, extractor), expected)
     ssp.revert(extractor)
-    assert_equal(
-        gradients(model, x, extractor), gradients(plain, x, timm_extractor(plain, names))
-    )
+    assert_equal(gradients(model, x, extractor), gradients(plain, x, timm_extractor(plain, names)))
 
 
 def test_layers_that_a_tracer_took_apart_before_conversion_are_layers_no_more():
@@ -112,9 +110,7 @@ def test_layers_that_a_tracer_took_apart_before_conversion_are_layers_no_more():
 
     # As the whole network with these left dense.
     expected = ssp.convert(from_timm("test_nfnet"), RATE, exclude=sorted(apart))
-    assert_same(
-        gradients(model, x, extractor), gradients(expected, x, by_hooks(expected, names))
-    )
+    assert_same(gradients(model, x, extractor), gradients(expected, x, by_hooks(expected, names)))
 
 
 RETURNED = {"layer1": "low", "layer2.1.conv2": "inside", "layer3": "high"}

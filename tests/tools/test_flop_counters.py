@@ -59,9 +59,11 @@ def test_thop_may_be_told_the_classes():
 
     def counted(model):
         of_class = {
-            type(m): count for m in model.modules() for base, count in known.items()
+            type(m): count
+            for m in model.modules()
+            for base, count in known.items()
             if isinstance(m, base)
-        }  # fmt: skip
+        }
         return thop.profile(model, (torch.zeros(SIZE),), of_class, verbose=False)
 
     plain, model = small(torch.float32), ssp.convert(small(torch.float32), RATE)
@@ -93,9 +95,12 @@ def by_fvcore(model):
     activations = fvcore.nn.ActivationCountAnalysis(model, torch.zeros(SIZE))
     activations.unsupported_ops_warnings(False)
     return (
-        analysis.by_module(), analysis.by_operator(), activations.by_module(),
-        fvcore.nn.parameter_count(model), fvcore.nn.flop_count_table(analysis),
-    )  # fmt: skip
+        analysis.by_module(),
+        analysis.by_operator(),
+        activations.by_module(),
+        fvcore.nn.parameter_count(model),
+        fvcore.nn.flop_count_table(analysis),
+    )
 
 
 def by_ptflops_aten(model):
@@ -107,10 +112,14 @@ def by_ptflops_aten(model):
 def by_torchinfo(model):
     return str(
         torchinfo.summary(
-            model, SIZE, verbose=0, mode="train" if model.training else "eval", depth=5,
+            model,
+            SIZE,
+            verbose=0,
+            mode="train" if model.training else "eval",
+            depth=5,
             col_names=("input_size", "output_size", "num_params", "kernel_size", "mult_adds"),
         )
-    )  # fmt: skip
+    )
 
 
 def by_torch(model):

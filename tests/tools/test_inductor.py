@@ -1,6 +1,5 @@
 """With the compiler that users run: what only generated code can get wrong."""
 
-
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
 
-from .compiling import INDUCTOR, fresh_compiler  # noqa: F401
+from .compiling import INDUCTOR
 from .networks import assert_same, gradients, images, oracle_gradients, tiny
 
 

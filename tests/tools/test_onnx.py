@@ -28,9 +28,7 @@ NETWORKS = {"small": small, "own_forwards": own_forwards}
 def exported(model, x, file, dynamo):
     with warnings.catch_warnings():  # the older exporter says of itself that it is
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, (x,), file, input_names=["x"], output_names=["y"], dynamo=dynamo
-        )
+        torch.onnx.export(model, (x,), file, input_names=["x"], output_names=["y"], dynamo=dynamo)
     graph = onnx.load(file)
     onnx.checker.check_model(graph)
     return graph
@@ -50,9 +48,12 @@ def run(file, x):
 @pytest.mark.parametrize(
     "name, dynamo, train",
     # the newer exporter takes seconds a file
-    [("small", True, True), ("own_forwards", True, False),
-     *itertools.product(NETWORKS, [False], [True, False])],
-)  # fmt: skip
+    [
+        ("small", True, True),
+        ("own_forwards", True, False),
+        *itertools.product(NETWORKS, [False], [True, False]),
+    ],
+)
 def test_the_file_is_that_of_the_plain_network(name, dynamo, train, tmp_path):
     x, make = images(size=16, dtype=torch.float32), NETWORKS[name]
     plain, model = make(torch.float32).train(train), ssp.convert(make(torch.float32), RATE)

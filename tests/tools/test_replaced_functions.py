@@ -10,17 +10,26 @@ from torch import nn
 import ssprop_patch as ssp
 from ssprop_patch import functional
 
-from .compiling import fresh_compiler  # noqa: F401
 from .networks import WSConv2d, assert_equal, assert_same, gradients
 
 NAMES = (
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "linear",
-)  # fmt: skip
+)
 TYPES = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
     nn.Linear,
-)  # fmt: skip
+)
 
 
 class Net(nn.Module):
@@ -29,10 +38,15 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.plane = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
-            nn.Conv2d(8, 8, 2, padding="same"), nn.Tanh(), WSConv2d(8, 8, 3, padding=1),
-            nn.ConvTranspose2d(8, 8, 3, padding=1), nn.Tanh(), nn.Linear(6, 6),
-        )  # fmt: skip
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+            nn.Conv2d(8, 8, 2, padding="same"),
+            nn.Tanh(),
+            WSConv2d(8, 8, 3, padding=1),
+            nn.ConvTranspose2d(8, 8, 3, padding=1),
+            nn.Tanh(),
+            nn.Linear(6, 6),
+        )
         self.line = nn.Sequential(nn.Conv1d(8, 8, 3), nn.ConvTranspose1d(8, 8, 1))
         self.room = nn.Sequential(nn.Conv3d(8, 8, 1), nn.ConvTranspose3d(8, 8, 1))
 
@@ -92,8 +106,11 @@ def test_each_call_of_a_layer_is_seen_once_and_changes_nothing(monkeypatch, rate
 def test_what_a_replacement_does_is_differentiated(monkeypatch, compiled):
     """An emulator: here all outputs are doubled, as hooks do for comparison."""
     model = ssp.convert(net(), 0.5, types=TYPES)
-    hooks = [m.register_forward_hook(lambda m, args, y: 2 * y) for m in model.modules()
-             if isinstance(m, TYPES)]  # fmt: skip
+    hooks = [
+        m.register_forward_hook(lambda m, args, y: 2 * y)
+        for m in model.modules()
+        if isinstance(m, TYPES)
+    ]
     expected = gradients(model, batch())
     for hook in hooks:
         hook.remove()

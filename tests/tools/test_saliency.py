@@ -25,9 +25,7 @@ def watched(layer):
     def backward(module, grad_input, grad_output):
         seen["grad_input"], seen["grad_output"] = grad_input[0], grad_output[0]
 
-    handles = [
-        layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)
-    ]  # fmt: skip
+    handles = [layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)]
     yield seen
     for handle in handles:
         handle.remove()

@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 
 import ssprop_patch as ssp
 
-from .compiling import fresh_compiler  # noqa: F401
 from .networks import assert_same, images, loss_of, tiny
 
 STEPS = 12  # more than torch compiles again before it gives up
@@ -98,7 +97,7 @@ def train(model, way, steps=STEPS):
     torch._dynamo.reset()
     counters.clear()
     # Dynamo reads the sets of all models that await collection, those of other tests too, and fails
-    # if one is collected while it builds its guards (README, Limits).
+    # if one is collected while it builds its guards (docs/limits.md).
     gc.collect()
     backend = CompileCounterWithBackend("aot_eager")
     step = way(model, backend)

@@ -17,7 +17,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from ssprop_patch import kernels
-from ssprop_patch.ways import Ways
+from ssprop_patch.ops.algorithms import Algorithms
 
 RATES = (0.75, 0.5, 0.25)
 
@@ -46,16 +46,20 @@ def net(name="test_resnet", dtype=torch.float64, **kwargs):
 
 def tiny():
     """All kinds of convolution, without norms: every parameter has a gradient."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.Tanh(),
-        nn.Conv2d(8, 8, 3, groups=8),
-        nn.Conv2d(8, 16, 1, stride=2),
-        nn.Tanh(),
-        nn.Conv2d(16, 16, 3, groups=4),
-        nn.Flatten(),
-        nn.Linear(2304, 5),
-    ).double().train()  # fmt: skip
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.Conv2d(8, 16, 1, stride=2),
+            nn.Tanh(),
+            nn.Conv2d(16, 16, 3, groups=4),
+            nn.Flatten(),
+            nn.Linear(2304, 5),
+        )
+        .double()
+        .train()
+    )
 
 
 def batch(i, size=32, dtype=torch.float64, n=4):
@@ -144,7 +148,7 @@ def one_kernel():
 
     What is left to differ is all but the kernel, and that must be equal bit for bit.
     """
-    return mock.patch.object(kernels, "choose", lambda *args: Ways("mask", "mask"))
+    return mock.patch.object(kernels, "choose", lambda *args: Algorithms("mask", "mask"))
 
 
 def compare(make, train, *, hand=None, after=None, steps=2, exact=False):

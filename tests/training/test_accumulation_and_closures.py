@@ -125,9 +125,7 @@ def test_lbfgs(search):
     evaluations = []
 
     def train(model):
-        optimizer = torch.optim.LBFGS(
-            model.parameters(), lr=0.1, max_iter=3, line_search_fn=search
-        )
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, line_search_fn=search)
         for i in range(2):
 
             def closure(i=i):

@@ -149,8 +149,10 @@ def watch(model):
 def errors(grads, conv, seen, half, keep):
     """How far dX and dW are off, in units of what one rounding to ``half`` explains."""
     geometry = {n: getattr(conv, n) for n in ("stride", "padding", "dilation", "groups")}
-    terms = [None if t is None else t.detach().to(half).double()
-             for t in (seen.x, conv.weight, conv.bias, seen.dy)]  # fmt: skip
+    terms = [
+        None if t is None else t.detach().to(half).double()
+        for t in (seen.x, conv.weight, conv.bias, seen.dy)
+    ]
     exact, size = (
         oracle.gradients(*(None if t is None else change(t) for t in terms), keep, **geometry)
         for change in (torch.clone, torch.abs)
@@ -179,8 +181,10 @@ def test_in_each_layer_the_gradient_is_right_but_for_one_rounding(name, layout, 
             continue
         layers += 1
         # What autocast itself would give on the masked gradient.
-        leaves = [None if t is None else t.detach().requires_grad_()
-                  for t in (s.x, conv.weight, conv.bias)]  # fmt: skip
+        leaves = [
+            None if t is None else t.detach().requires_grad_()
+            for t in (s.x, conv.weight, conv.bias)
+        ]
         with torch.autocast("cpu", dtype=half):
             y = nn.functional.conv2d(*leaves, conv.stride, conv.padding, conv.dilation, conv.groups)
         y.backward(oracle.mask(s.dy, choice.keep))

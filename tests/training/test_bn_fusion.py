@@ -74,9 +74,14 @@ def test_fusing_weights_by_hand():
     images, norm = batch(3)[0], norm.eval()
     expected = norm(conv.eval()(images))
     conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-        norm.weight, norm.bias,
-    )  # fmt: skip
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
     torch.testing.assert_close(conv(images), expected, rtol=1e-9, atol=1e-9)
     assert ssp.is_converted(conv)
 

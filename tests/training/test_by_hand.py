@@ -19,9 +19,13 @@ from .by_hand import (
 )
 
 NETS = [
-    "test_resnet", "test_efficientnet", "test_convnext", "test_nfnet", "test_byobnet",
+    "test_resnet",
+    "test_efficientnet",
+    "test_convnext",
+    "test_nfnet",
+    "test_byobnet",
     "test_mambaout",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -49,7 +53,7 @@ WRONG = {
     "one layer dense": lambda m: ssp.convert(m, by_step(), exclude="conv_stem"),
     "another choice": lambda m: ssp.convert(m, by_step(), selection="random"),
     "in eval": lambda m: ssp.convert(m, by_step()).eval(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("convert", WRONG.values(), ids=WRONG)

@@ -65,9 +65,11 @@ def test_with_autocast(half, reentrant):
         return checkpoint(model, images, use_reentrant=reentrant)
 
     compare(
-        lambda: net("test_nfnet", torch.float32), loop(forward, half), hand=loop(None, half),
+        lambda: net("test_nfnet", torch.float32),
+        loop(forward, half),
+        hand=loop(None, half),
         exact=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

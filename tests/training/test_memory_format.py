@@ -29,10 +29,13 @@ def loop(of_model, of_input):
             images.requires_grad_()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
-            yield images.grad, {
-                "images": layout(images.grad),
-                **{name: layout(p.grad) for name, p in model.named_parameters()},
-            }
+            yield (
+                images.grad,
+                {
+                    "images": layout(images.grad),
+                    **{name: layout(p.grad) for name, p in model.named_parameters()},
+                },
+            )
 
     return train
 
@@ -95,9 +98,14 @@ def test_a_model_moved_to_channels_last_in_the_middle_of_training():
 def test_channels_last_3d():
     def make():
         return nn.Sequential(
-            nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, groups=8),
-            nn.Conv3d(8, 5, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(),
-        ).double()  # fmt: skip
+            nn.Conv3d(3, 8, 3),
+            nn.BatchNorm3d(8),
+            nn.ReLU(),
+            nn.Conv3d(8, 8, 3, groups=8),
+            nn.Conv3d(8, 5, 1),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(),
+        ).double()
 
     def train(model):
         model.to(memory_format=torch.channels_last_3d)

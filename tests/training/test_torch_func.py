@@ -159,8 +159,10 @@ TRANSFORMS = {
         lambda f: lambda x: torch.autograd.functional.jacobian(f, x, vectorize=True)
     ),
     "forward-mode jacobian": of_tint(
-        lambda f: lambda x: torch.autograd.functional.jacobian(
-            f, x, vectorize=True, strategy="forward-mode"
+        lambda f: (
+            lambda x: torch.autograd.functional.jacobian(
+                f, x, vectorize=True, strategy="forward-mode"
+            )
         )
     ),
 }

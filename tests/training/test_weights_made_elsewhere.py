@@ -174,9 +174,15 @@ def test_two_layers_that_share_a_weight():
 
     def make():
         model = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(),
-            nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
-        )  # fmt: skip
+            nn.Conv2d(3, 8, 3),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        )
         model[4].weight = model[2].weight
         return model.double()
 

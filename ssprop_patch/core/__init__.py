@@ -1,0 +1,1 @@
+"""What the paper computes, in plain torch; ``reference`` is the paper itself."""

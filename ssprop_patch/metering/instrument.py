@@ -1,0 +1,223 @@
+"""The records of a model's layers: how they are put on, kept on, and taken off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.selection import l1_scores
+from ..patching.conversion import Conversion, apply_conversion
+from ..patching.dry_run import dry_run
+from ..patching.eligibility import DEFAULT_TYPES
+from ..patching.layer_kinds import LAYERS, base_layer
+from ..patching.plan import PlanRow
+from ..patching.reasons import Reason
+from ..schedule.controller import SparsityController
+from ..schedule.layer_policy import LayerPolicy
+from .layer_record import LayerRecord
+
+_COUNTED = (*DEFAULT_TYPES, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Hook:
+    """A hook of a module that is left out when the module is copied or pickled."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    """Stand for a hook in a copy."""
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model inside its wrappers (DDP, ``torch.compile``)."""
+    while True:
+        children = dict(model.named_children())
+        if list(children) not in (["module"], ["_orig_mod"]):
+            return model
+        (model,) = children.values()
+
+
+class Instrumentation:
+    """Gives each layer of a model a record of its calls.
+
+    Layers that are not converted get a policy that never drops a channel, so that they are counted
+    in the same way; hooks count what no policy sees, see :meth:`_ran_unseen`.
+
+    Args:
+        model: The model, or what wraps it.
+        count_channels: As of :class:`LayerRecord`.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        ValueError: If it has no layer to count, one that cannot be counted, or is metered already.
+            Nothing has changed then.
+    """
+
+    def __init__(self, model: nn.Module, *, count_channels: bool) -> None:
+        self.records: dict[str, LayerRecord] = {}
+        self.not_counted: tuple[str, ...] = ()
+        self._model, self._inner = model, inner_model(model)
+        self._count_channels = count_channels
+        self._policies: dict[nn.Module, LayerPolicy] = {}
+        self._hooks: list[Any] = []
+        self._said = False
+        self._put_on(Conversion.of(model))
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers that are counted."""
+        return tuple(self._policies)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the model, not only a part of it, is in training mode."""
+        return self._inner.training
+
+    @property
+    def drop_rate(self) -> float:
+        """The drop rate in force; of the first controller, if there are several."""
+        return self._controller.drop_rate
+
+    def _put_on(self, before: Conversion) -> None:
+        found = dry_run(self._model, types=_COUNTED)
+        if any(policy.observer is not None for policy in before.layers.values()):
+            raise ValueError("this model is metered already: close() the other meter first")
+        refused = [f"  {row.name or '(model)'}: {row.reason}" for row in found.refused]
+        if refused:
+            raise ValueError("cannot meter this model:\n" + "\n".join(refused))
+        rows = [row for row in found if row.module in before.layers or _is_countable(row)]
+        if not rows:
+            raise ValueError(f"no layer to count in this {type(self._model).__name__}")
+
+        names = self._names(found)
+        converted = {row.name: before.layers.get(row.module) for row in rows}
+        dense = SparsityController(0.0)  # where nothing is converted
+        policies, records, bystanders = {}, {}, []
+        for row in rows:
+            name, policy = names[row.module], converted[row.name]
+            if policy is None:
+                controller = _nearest_controller(row.name, converted) or dense
+                policy = LayerPolicy(controller, l1_scores, 0.0)
+                bystanders.append((row.module, controller))
+            record = self.records.get(name) or LayerRecord(
+                name, _is_transposed(row), count_channels=self._count_channels
+            )
+            records[name] = record
+            policies[row.module] = LayerPolicy.metered(policy, record)
+        apply_conversion(before._replace(layers=policies), within=self._model)
+        # The steps of whoever trains these alone do not count for a controller they only borrow.
+        for module, controller in bystanders:
+            controller.step_counter.discard(module)
+        self._before, self._policies = before, policies
+        self.records.update(records)
+        self.not_counted = tuple(names[row.module] for row in found if row.module not in policies)
+        self._controller = next(
+            (policy.controller for policy in converted.values() if policy is not None), dense
+        )
+        self._hook_layers()
+
+    def _names(self, found: Any) -> dict[nn.Module, str]:
+        """Return the layers' names without the wrappers around the model."""
+        inside = {m: name for name, m in self._inner.named_modules()}
+        return {row.module: inside.get(row.module, row.name) or "(model)" for row in found}
+
+    def follow(self) -> None:
+        """Count on where the model was converted again; say so, once, where it was reverted."""
+        if all(vars(m).get("_ssprop_policy") is p for m, p in self._policies.items()):
+            return
+        now = self._without_records()
+        if now.layers:
+            self._put_on(now)
+        elif not self._said:
+            self._said = True
+            warnings.warn(
+                "this model was reverted while a Meter counts in it: no FLOPs are counted from "
+                "now on. Close the meter first; to meter the dense model, make a new one.",
+                stacklevel=4,
+            )
+
+    def take_off(self) -> None:
+        """Leave the model as it was before, or as it was converted since."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        apply_conversion(self._without_records(), within=self._model)
+        self._policies = {}
+
+    def _without_records(self) -> Conversion:
+        """Return how things would stand without this."""
+        now = Conversion.of(self._model)
+        layers = {}
+        for module, policy in now.layers.items():
+            if self._policies.get(module) is not policy:
+                layers[module] = policy  # converted again since
+            elif module in self._before.layers:
+                layers[module] = self._before.layers[module]
+        return now._replace(layers=layers)
+
+    # --- calls that no policy sees ----------------------------------------------------------------
+
+    def _hook_layers(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            module.register_forward_hook(Hook(self._ran_unseen), with_kwargs=True)
+            for module in self._policies
+            if base_layer(type(module)) is not None
+        ]
+
+    def _ran_unseen(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], y: Any) -> None:
+        """Take note of a call that had no autograd function of this package's own.
+
+        In training these are the calls of layers that get no gradient (frozen, or checkpointed for
+        the first time), and those of a part that is kept in eval mode.
+        """
+        if torch.compiler.is_compiling() or not self._inner.training or not isinstance(y, Tensor):
+            return
+        if module.training and y.requires_grad:
+            return
+        policy = vars(module).get("_ssprop_policy")
+        if policy is not None and policy.observer is not None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            policy.observer.dense(x, module.weight, module.bias, y)
+
+
+def _is_countable(row: PlanRow) -> bool:
+    """Whether a layer that is not converted can be counted, by the way a conversion would go."""
+    return row.action == "convert" or row.why is Reason.ONE_CHANNEL
+
+
+def _is_transposed(row: PlanRow) -> bool:
+    base = base_layer(row.cls)
+    return base is not None and LAYERS[base].transposed
+
+
+def _nearest_controller(
+    name: str, converted: Mapping[str, LayerPolicy | None]
+) -> SparsityController | None:
+    """Return the controller of the converted layers around the layer ``name``.
+
+    So that whoever asks a part of a model for its controller finds the one it had before.
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        for other, policy in converted.items():
+            if policy is not None and other.startswith(f"{name}." if name else ""):
+                return policy.controller
+    return None

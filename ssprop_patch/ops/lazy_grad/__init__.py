@@ -1,0 +1,1 @@
+"""Batch norm's and ReLU's gradients, formed for the kept channels only."""

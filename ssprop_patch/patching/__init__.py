@@ -1,0 +1,1 @@
+"""Which layers are converted, why, and doing it."""

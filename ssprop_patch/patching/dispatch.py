@@ -1,0 +1,111 @@
+"""Sparse or dense: what one call of a converted layer does, and its count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.geometry import Geometry
+from ..core.operations import Operation
+from ..ops.autograd import needs_backward, sparse
+from ..ops.transforms import in_transform
+from ..schedule.call_counts import note_compiled
+from ..schedule.layer_policy import LayerPolicy
+from .weights import is_plain
+
+
+def is_sparse(
+    module: Any, policy: LayerPolicy, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> bool:
+    if policy.active and module.training:
+        # Before anything is read of the weight: some subclasses answer to calls of layers only.
+        if not (type(weight) in _PLAIN or is_plain(type(weight))):
+            if not torch.compiler.is_compiling():
+                module._ssprop_membership.calls.had_foreign_weight(type(module), type(weight))
+            return False
+        if needs_backward(input, weight, bias) and not (is_tracing() or is_exporting()):
+            return True
+    count_dense(module, input, weight, bias)
+    return False
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def count_dense(module: Any, *tensors: Tensor | None) -> None:
+    """Count a call in torch's own way.
+
+    Args:
+        module: The layer.
+        *tensors: Input, weight and bias; without them, the layer's parameters are asked.
+    """
+    if torch.compiler.is_compiling():
+        if not is_exporting():
+            note_compiled()
+        return
+    if tensors and type(tensors[1]) in _PLAIN:
+        needed = needs_backward(*tensors)  # type: ignore[arg-type]  # bias alone may be None
+    else:
+        # Of a subclass that knows layers' calls only nothing is asked, not even that.
+        given: Iterable[Tensor | None] = tensors or module.parameters()
+        found = (t for t in given if t is not None)
+        needed = torch.is_grad_enabled() and any(
+            t.requires_grad for t in found if type(t) in _PLAIN or is_plain(type(t))
+        )
+    calls = module._ssprop_membership.calls
+    if not needed:
+        calls.no_gradient += 1
+    elif not module.training:
+        calls.was_evaluated()
+    elif module._ssprop_policy.active:
+        calls.recorded += 1
+    else:
+        calls.ran_at_rate_zero()
+
+
+# Whether a tool records the network for use elsewhere: that gets the dense one.
+is_tracing = torch.jit.is_tracing
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+
+
+def dispatch(
+    operation: Operation,
+    policy: LayerPolicy,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    module: Any,
+) -> Tensor:
+    """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
+    channels = operation.selectable(weight, geometry.groups)
+    if torch.compiler.is_compiling():
+        note_compiled()
+        # Reading the rate here would make one graph per value: the operator reads it.
+        if (channels > 1 and policy.can_drop) or policy.is_metered:
+            compiled = policy.controller.rate_tensor, policy.token
+            return sparse(operation, input, weight, bias, geometry, compiled=compiled)
+    else:
+        k = policy.kept(channels)
+        if k < channels:
+            module._ssprop_membership.calls.ran_sparse()
+            return sparse(
+                operation,
+                input,
+                weight,
+                bias,
+                geometry,
+                k=k,
+                score_fn=policy.score_fn,
+                observer=policy.observer,
+            )
+        module._ssprop_membership.calls.kept_all(policy.drop_rate)
+    out = operation.run(input, weight, bias, geometry)
+    if policy.is_metered and not (
+        torch.compiler.is_compiling() or in_transform(input, weight, bias)
+    ):
+        policy.observer.dense(input, weight, bias, out)  # type: ignore[union-attr]  # it has one
+    return out

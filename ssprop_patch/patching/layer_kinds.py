@@ -1,0 +1,42 @@
+"""The kinds of layers that can have a sparse backward, and how each computes its forward."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..core import operations
+from ..core.operations import Operation
+
+#: The layers of torch that can be patched, and what each calls in its forward.
+LAYERS: dict[type[nn.Module], Operation] = {
+    nn.Conv1d: operations.CONV1D,
+    nn.Conv2d: operations.CONV2D,
+    nn.Conv3d: operations.CONV3D,
+    nn.ConvTranspose1d: operations.CONV_TRANSPOSE1D,
+    nn.ConvTranspose2d: operations.CONV_TRANSPOSE2D,
+    nn.ConvTranspose3d: operations.CONV_TRANSPOSE3D,
+    nn.Linear: operations.LINEAR,
+}
+
+
+def is_patched_layer(module: nn.Module) -> bool:
+    """As :func:`is_patched`, of a layer with a sparse backward."""
+    return hasattr(type(module), "_ssprop_is_layer")
+
+
+def base_layer(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """Return which of :data:`LAYERS` a class is, or None."""
+    return next((base for base in LAYERS if issubclass(cls, base)), None)
+
+
+def has_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether a layer class computes its forward in another way than torch's."""
+    base = base_layer(cls)
+    if base is None or cls.forward is not base.forward:
+        return True
+    return getattr(cls, "_conv_forward", None) is not getattr(base, "_conv_forward", None)
+
+
+def overrides_forward(cls: type[nn.Module]) -> bool:
+    """Whether patching replaces ``forward``, not the inner step of torch's convolutions."""
+    return has_own_forward(cls) or base_layer(cls) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d)

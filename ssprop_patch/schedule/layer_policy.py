@@ -1,0 +1,70 @@
+"""What one converted layer goes by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.selection import ScoreFn
+from .call_observer import CallObserver
+from .controller import SparsityController
+from .settings import LayerSettings, token_of
+
+
+class LayerPolicy:
+    """What one patched layer goes by; its own, as torch.compile guards on what layers share.
+
+    Args:
+        controller: Holds the rate.
+        score_fn: Scores the channels.
+        override: This layer's own rate whenever the controller's is above 0.
+        align: The number of kept channels is rounded up to a multiple of it.
+        observer: Gets a report of each call in training mode, dense ones too: for a meter.
+    """
+
+    def __init__(
+        self,
+        controller: SparsityController,
+        score_fn: ScoreFn,
+        override: float | None = None,
+        align: int = 1,
+        observer: CallObserver | None = None,
+    ) -> None:
+        self.controller = controller
+        self.score_fn = score_fn
+        self.override = override
+        self.align = align
+        self.observer = observer
+        self._derive()
+
+    def _derive(self) -> None:
+        # What compiled code reads: bools, and tensors whose values are not guarded on.
+        self.can_drop = self.override != 0.0
+        self.is_metered = self.observer is not None
+        self.settings = LayerSettings(self.score_fn, self.override, self.align, self.observer)
+        self.token = token_of(self.settings)
+
+    def metered(self, observer: CallObserver) -> LayerPolicy:
+        """Return the same policy with a report of each call to ``observer``."""
+        return LayerPolicy(self.controller, self.score_fn, self.override, self.align, observer)
+
+    @property
+    def active(self) -> bool:
+        """Whether the layer's training passes are this package's own: sparse, or metered."""
+        return self.controller.sparse or self.is_metered
+
+    @property
+    def drop_rate(self) -> float:
+        """The drop rate of this layer now."""
+        return self.settings.drop_rate(self.controller._drop_rate)
+
+    def kept(self, channels: int) -> int:
+        """Return how many of ``channels``, those of one choice, are kept now."""
+        return self.settings.kept(channels, self.controller._drop_rate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("controller", "score_fn", "override", "align", "observer")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._derive()

@@ -1,0 +1,138 @@
+"""What is made of the runs of a study: rows, the frontier, tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from classifier.options import UserError
+from study import groups, plot, runs, table
+from study.frontier import frontier
+from study.rows import Rows, claim
+from study.settings import resolve
+
+from . import BENCHMARKS
+
+
+def test_rows_survive_a_torn_write_and_are_there_once(tmp_path):
+    rows = Rows(tmp_path / "runs.csv", ("id", "text"))
+    assert rows.read() == [] and rows.ids() == set()
+    assert rows.append({"id": "a", "text": 'with, "quotes"'})
+    with rows.path.open("a") as file:
+        file.write("b,half of a")  # what a killed process left
+    assert rows.ids() == {"a"}
+    assert rows.append({"id": "c", "text": "whole"})
+    assert not rows.append({"id": "a", "text": "again"})
+    assert rows.read() == [{"id": "a", "text": 'with, "quotes"'}, {"id": "c", "text": "whole"}]
+    assert rows.path.read_text().count("\n") == 3
+    with pytest.raises(UserError, match="other columns"):
+        Rows(rows.path, ("id", "other")).read()
+
+
+def test_a_claim_excludes_others_until_its_holder_ends(tmp_path):
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
+        "from study.rows import claim\n"
+        "with claim(Path(sys.argv[2])) as mine: print(mine, flush=True); time.sleep(60)"
+    )
+    path = tmp_path / "run.lock"
+    command = [sys.executable, "-c", code, str(BENCHMARKS), str(path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "True\n"
+    with claim(path) as mine:
+        assert not mine
+    holder.kill()
+    holder.communicate()
+    with claim(path) as mine:
+        assert mine
+
+
+def test_frontier_is_what_nothing_beats():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        points = [tuple(p) for p in generator.integers(0, 6, (8, 2)).tolist()]
+
+        def beaten(i: int, points=points) -> bool:
+            (x, y), others = points[i], [p for p in points if p != points[i]]
+            return any(a <= x and b >= y for a, b in others) or points[i] in points[:i]
+
+        found = frontier(points)
+        assert sorted(found) == [i for i in range(8) if not beaten(i)]
+        assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
+    assert frontier([]) == []
+
+
+def made_up(accuracies: list[float], flops: float, **settings: object) -> list[dict[str, str]]:
+    row = dict.fromkeys(runs.FIELDS, "1")
+    found = []
+    for seed, accuracy in enumerate(accuracies):
+        run = resolve({**settings, "seed": seed})
+        values = {"accuracy": accuracy, "total_flops": flops, "train_s": 2.0}
+        found.append(row | {n: str(v) for n, v in {**runs.cells(run), **values}.items()})
+    return found
+
+
+def test_table_by_hand():
+    sparse = {"schedule": "ConstantSchedule(0.8)", "dropout": 0.0}
+    rows = [
+        *made_up([0.50, 0.60, 0.70], 4e12),
+        *made_up([0.51, 0.60], 4e12, dropout=0.3),
+        *made_up([0.40, 0.50, 0.90], 3e12, method="dense-equal-compute", **sparse),
+        *made_up([0.43, 0.57, 0.92], 3e12, method="ssprop", **sparse),
+        *made_up(
+            [0.55],
+            3e12,
+            method="ssprop",
+            selection="random",
+            dropout=0.3,
+            schedule="ConstantSchedule(0.8)",
+        ),
+        *made_up([0.1], 1e12, share=0.5),
+    ]
+    whole, part = groups.conditions(rows)
+    names, lines = table.cells(whole)
+    at = {line[0]: dict(zip(names, line, strict=True)) for line in lines}
+    ssprop = at["ssProp ConstantSchedule(0.8)"]
+    assert ssprop["accuracy, %"] == "64.00 ± 25.24"  # of 43, 57, 92
+    assert ssprop["- equal compute"] == "+4.00 ± 2.65"  # of 3, 7, 2
+    assert ssprop["- dense"] == "+4.00 ± 15.72"  # of -7, -3, 22
+    assert ssprop["seeds"] == "3" and ssprop["TFLOP"] == "3" and ssprop["of dense"] == "0.750"
+    assert at["dense"]["- dense"] == at["dense"]["- equal compute"] == ""
+    assert at["dense, dropout 0.3"]["- dense"] == "+0.50 ± 0.71"  # of 1, 0
+    both = at["ssProp ConstantSchedule(0.8), random channels, dropout 0.3"]
+    assert both["- dense"] == "+4.00" and both["- equal compute"] == ""
+    assert [method.label for method in part.methods] == ["dense"]
+    text = table.markdown([whole, part], "name")
+    assert text.count("\n| method |") == 2 and text.count("\n| ---") == 2
+    assert "| 64.00 ± 25.24 |" in text and table.LEGEND in text
+
+
+def test_picture_shows_the_means_over_seeds():
+    rows = [
+        *made_up([0.50, 0.60], 4e12),
+        *made_up([0.40, 0.80], 3e12, method="ssprop", schedule="ConstantSchedule(0.8)"),
+        *made_up([0.1], 1e12, share=0.5),
+    ]
+    flops, seconds, _, other, *_ = plot.figure(groups.conditions(rows), "name").axes
+
+    def points(axes) -> list[tuple[float, float]]:
+        marks = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+        return [(m.get_xdata()[0], m.get_ydata()[0]) for m in marks]
+
+    assert points(flops) == [pytest.approx((4e12, 55)), pytest.approx((3e12, 60))]
+    assert points(seconds) == [pytest.approx((2.0, 55)), pytest.approx((2.0, 60))]
+    assert points(other) == [pytest.approx((1e12, 10))]
+
+
+def test_schedules_of_nearly_the_same_flops_share_a_baseline():
+    equal = made_up([0.5], 1.00e12, method="dense-equal-compute", schedule="ConstantSchedule(0.4)")
+    near, far = (
+        made_up([0.6], flops, method="ssprop", schedule=f"ConstantSchedule({rate})")
+        for flops, rate in ((1.019e12, 0.38), (1.021e12, 0.37))
+    )
+    other = made_up([0.6], 1.0e12, method="ssprop", schedule="ConstantSchedule(0.39)", dropout=0.3)
+    (condition,) = groups.conditions([*equal, *near, *far, *other])
+    partners = [condition.equal_compute(method) for method in condition.methods]
+    assert partners == [None, condition.methods[0], None, None]

@@ -1,0 +1,88 @@
+"""One run of a study: what it is told reaches it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from classifier import decoded, training
+from classifier.options import UserError
+from study import runs
+from study.settings import resolve
+from torch import nn
+
+TINY = {
+    "data": "digits",
+    "image_size": 8,
+    "network": "resnet8_narrow",
+    "epochs": 3,
+    "batch_size": 32,
+    "share": 0.06,
+}  # two steps an epoch
+
+
+def trained(tmp_path: Path, **settings: object) -> dict[str, object]:
+    run = resolve({**TINY, **settings})
+    source = decoded.load("digits", data_dir=None, cache_dir=tmp_path, size=8)
+    path = tmp_path / f"{run.id}.pt"
+    return runs.train(run, source, torch.device("cpu"), path, lambda *_: None)
+
+
+def test_what_a_run_is_told_reaches_it(tmp_path):
+    base = trained(tmp_path, method="ssprop")
+    differ = {base["weights"]}
+    for settings in (
+        {"label_smoothing": 0.1},
+        {"dropout": 0.3},
+        {"weight_decay": 0.1},
+        {"selection": "random"},
+        {"exclude": ["layer1"]},
+        {"overrides": {"layer1": 0.2}},
+        {"types": ["Conv2d", "Linear"]},
+        {"lr_schedule": "warm-cosine"},
+        {"augment": False},
+        {"share": 0.07},
+        {"optimizer": "adamw", "lr": 1e-3},
+    ):
+        row = trained(tmp_path, method="ssprop", **settings)
+        assert row["weights"] not in differ, settings
+        differ.add(row["weights"])
+    assert base["steps"] == 6 and base["mean_drop_rate"] == pytest.approx(0.8 / 3)
+
+
+def test_evaluated_every_second_epoch_and_at_the_end(tmp_path, monkeypatch):
+    calls = []
+    evaluate = training.evaluate
+
+    def counted(model, batches, autocast):
+        calls.append(0)
+        return evaluate(model, batches, autocast)
+
+    monkeypatch.setattr(training, "evaluate", counted)
+    row = trained(tmp_path, eval_every=2)
+    assert len(calls) == 3  # after epochs 2 and 3, and on the training images
+    calls.clear()
+    every = trained(tmp_path)
+    assert len(calls) == 4
+    assert row["weights"] == every["weights"] and row["accuracy"] == every["accuracy"]
+
+
+def test_one_cycle_goes_up_to_the_rate_and_down_in_the_steps_it_has():
+    options = resolve({"lr": 0.3}).options("cpu")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    scheduler = training._lr_scheduler(optimizer, 20, options)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.3) and 4 <= peak <= 7
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True) and rates[-1] < 1e-3
+
+
+def test_too_few_images_for_a_batch(tmp_path):
+    with pytest.raises(UserError, match="batch_size 4000 is more than the 1347 training images"):
+        trained(tmp_path, batch_size=4000, share=1.0)
