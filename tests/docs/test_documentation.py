@@ -1,0 +1,355 @@
+"""The documentation holds: its Python blocks and the examples run, its links lead somewhere.
+
+The blocks of a file run in order, in one namespace. Names that the text leaves to the reader
+(``model``, ``loader``, ...) are small stand-ins. A block after a comment ``<!-- not run: why -->``
+is only compiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ssprop_patch as ssp
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "benchmarks" / "scripts").glob("*.md")),
+]
+EXAMPLES = {
+    "lightning_trainer": "lightning",
+    "hugging_face_trainer": "transformers",
+    "accelerate_loop": "accelerate",
+}
+LIBRARIES = ("accelerate", "fastai", "lightning", "timm", "torchvision", "transformers")
+
+quick = pytest.mark.quick
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# --- Python blocks --------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    source: str
+    not_run: str | None
+
+    @property
+    def code(self):
+        """Compiled with its line numbers in the page, so that a failure points there."""
+        tree = ast.parse(self.source)
+        ast.increment_lineno(tree, self.line)
+        return compile(tree, str(self.page), "exec")
+
+
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<why>.+?) -->\n)?^```python\n(?P<source>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, m.start("source")), m["source"], m["why"])
+        for m in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+class Network(nn.Module):
+    """Small, with the names of a ResNet's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.layer1 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU())
+        self.layer4 = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.layer4(self.layer1(self.bn1(self.conv1(x)).relu()))
+        return self.head(x.mean((2, 3)))
+
+
+def batches() -> DataLoader:
+    return DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.randint(10, (4,))), 2)
+
+
+def readers_names(path: Path) -> dict[str, Any]:
+    """Return what the text leaves to its reader."""
+    model = Network()
+    nothing = SimpleNamespace(range_test=lambda loader: None, reset=lambda: None)
+    return {
+        "ssp": ssp,
+        "torch": torch,
+        "nn": nn,
+        "model": model,
+        "loader": batches(),
+        "x": torch.randn(2, 3, 16, 16),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "epochs": 2,
+        "path": path / "checkpoint.pt",
+        "finder": nothing,
+    }
+
+
+def of_lightning() -> dict[str, Any]:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Network()
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return {"model": Module(), "loader": batches()}
+
+
+def of_transformers() -> dict[str, Any]:
+    import transformers
+
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    args = transformers.TrainingArguments(
+        "run", num_train_epochs=2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    image = {"pixel_values": torch.randn(3, 16, 16), "labels": torch.tensor(1)}
+    model = transformers.ResNetForImageClassification(config)
+    return {"model": model, "args": args, "data": [image] * 4}
+
+
+def of_accelerate() -> dict[str, Any]:
+    from accelerate import Accelerator
+
+    return {"accelerator": Accelerator(cpu=True)}
+
+
+def of_deepspeed() -> dict[str, Any]:
+    return {"engine": SimpleNamespace(module=ssp.convert(Network())), "epoch": 1}
+
+
+#: What a block that mentions this needs besides; a trainer's block has a model of its own.
+SPECIAL = {
+    "integrations.lightning": ("lightning", of_lightning),
+    "integrations.transformers": ("transformers", of_transformers),
+    "accelerator.": ("accelerate", of_accelerate),
+    "engine.": (None, of_deepspeed),
+}
+
+
+def missing_library(block: Block) -> str | None:
+    """Return the library that a block needs and that is not installed."""
+    needed = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(block.source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
+    }
+    needed |= {library for mark, (library, _) in SPECIAL.items() if mark in block.source}
+    for library in LIBRARIES:
+        if library in needed:
+            try:
+                importlib.import_module(library)
+            except ImportError:
+                return library
+    return None
+
+
+class Reading:
+    """A page that is read from its beginning."""
+
+    def __init__(self, page: Path, folder: Path) -> None:
+        self.blocks, self.folder, self.done = blocks_of(page), folder, 0
+        self.names = readers_names(folder)
+
+    def up_to(self, block: Block) -> None:
+        """Run what was not run yet, so that a block may be asked for alone."""
+        while self.done < len(self.blocks) and self.blocks[self.done].line <= block.line:
+            current = self.blocks[self.done]
+            self.done += 1
+            if not current.not_run and not missing_library(current):
+                self.run(current)
+
+    def run(self, block: Block) -> None:
+        special = [make() for mark, (_, make) in SPECIAL.items() if mark in block.source]
+        names = self.names
+        for extra in special:
+            names = {**names, **extra}
+        exec(block.code, names)
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    yield functools.cache(lambda page: Reading(page, tmp_path_factory.mktemp(page.stem)))
+    ssp.kernels.benchmark = False
+    ssp.kernels.clear()
+    if "accelerate" in sys.modules:  # which keeps what is of one process in singletons
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{short(b.page)}:{b.line}")
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_runs(block, reading, monkeypatch):
+    if block.not_run:
+        compile(block.source, str(block.page), "exec")
+        pytest.skip(block.not_run)
+    if library := missing_library(block):
+        pytest.skip(f"{library} is not installed")
+    page = reading(block.page)
+    monkeypatch.chdir(page.folder)
+    page.up_to(block)
+
+
+@quick
+def test_there_is_a_block_to_paste():
+    first = blocks_of(PAGES[0])[0].source
+    assert "import ssprop_patch as ssp" in first and "ssp.revert(model)" in first
+
+
+# --- links, length --------------------------------------------------------------------------------
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@quick
+@pytest.mark.parametrize("page", LINKED, ids=short)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in LINK.findall(text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{short(page)} links to {link}"
+        assert target.is_relative_to(ROOT), f"{short(page)} links out of the repository: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{short(page)} links to {link}"
+
+
+@quick
+def test_the_readme_fits():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 180
+    assert 'pip install -e ".[test]" && pytest' in lines
+    assert 'pip install -e ".[bench]" && python benchmarks/train_classifier.py' in lines
+
+
+@quick
+def test_the_version_to_cite_is_this_one():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {ssp.__version__}\n" in citation
+
+
+@quick
+def test_the_guide_is_complete():
+    """Every page of docs/ is in the index."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert page.name == "index.md" or f"({page.name})" in index
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def run_python(*arguments: str, cwd: Path) -> str:
+    """Return what a process of its own prints."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+RATES = [f"epoch {epoch}: drop rate {rate}" for epoch, rate in enumerate(["0", "0.8"] * 2)]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, tmp_path):
+    pytest.importorskip(EXAMPLES[name])
+    out = run_python(str(ROOT / "examples" / f"{name}.py"), cwd=tmp_path)
+    assert [line.partition(",")[0] for line in out.splitlines() if "drop rate" in line] == RATES
+
+
+def test_the_plain_loop_resumes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    script = str(ROOT / "examples" / "plain_loop.py")
+    before = run_python(script, "--epochs", "3", cwd=tmp_path).splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script])
+    runpy.run_path(script, run_name="__main__")
+    after = capsys.readouterr().out.splitlines()
+    assert len(after) == 1
+    assert [line.partition(",")[0] for line in before + after] == RATES
+
+
+@quick
+def test_examples_are_short():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert path.stem in {*EXAMPLES, "plain_loop"} and len(path.read_text().splitlines()) < 70
+
+
+def test_the_notebook_runs(capsys):
+    pytest.importorskip("torchvision")
+    path = ROOT / "examples" / "quickstart.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = notebook["cells"]
+    assert notebook["nbformat"] == 4 and len({cell["id"] for cell in cells}) == len(cells)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), f"{path.name}:{cell['id']}", "exec"), names)
+    out = capsys.readouterr().out
+    assert "drop rate 0.8: 13 of 64 rows" in out and out.rstrip().endswith("False")
