@@ -71,16 +71,38 @@ QUICK = [
     "training/test_memory_format.py",
 ]
 
+# What a plain pytest leaves out and pytest -m slow runs: each takes ten seconds or so of processes
+# or compilers, and something smaller in the same file covers the same code.
+SLOW = [
+    "benchmarks/test_classifier_run.py::test_interrupted_and_killed_run",
+    "benchmarks/test_ddpm_run.py::test_two_processes",
+    "benchmarks/test_study_whole.py::test_two_processes",
+    "benchmarks/test_zoo_run.py::test_a_killed_run",
+    "benchmarks/test_zoo_run.py::test_a_worker_that_dies",
+    "patching/test_models.py::test_a_whole_network[nfnet_f0]",
+    "tools/test_compile.py::test_networks_of_timm_compile_whole[test_efficientnet]",
+    "tools/test_compile.py::test_networks_of_timm_compile_whole[test_nfnet]",
+    "tools/test_compile.py::test_networks_of_timm_compile_whole[tf_mobilenetv3",
+    "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[C",
+    "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[F",
+    "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[W",
+]
+
 
 def pytest_collection_modifyitems(items):
-    """Mark what is quick."""
-    quick = [Path(__file__).parent / name for name in QUICK]
-    missing = [str(path) for path in quick if not path.exists()]
+    """Mark what is quick, and what is slow."""
+    tests = Path(__file__).parent
+    quick = [tests / name for name in QUICK]
+    files = [tests / name.partition("::")[0] for name in SLOW]
+    missing = [str(path) for path in (*quick, *files) if not path.exists()]
     if missing:
-        raise pytest.UsageError(f"QUICK in {__file__} names what is not there: {missing}")
+        raise pytest.UsageError(f"{__file__} names what is not there: {missing}")
     for item in items:
         if any(item.path.is_relative_to(path) for path in quick):
             item.add_marker("quick")
+        name = f"{item.path.relative_to(tests).as_posix()}::{item.name}"
+        if name.startswith(tuple(SLOW)):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
