@@ -22,7 +22,7 @@ def is_sparse(
 ) -> bool:
     if policy.active and module.training:
         # Before anything is read of the weight: some subclasses answer to calls of layers only.
-        if not (type(weight) in _PLAIN or is_plain(type(weight))):
+        if not (type(weight) in PLAIN or is_plain(type(weight))):
             if not torch.compiler.is_compiling():
                 module._ssprop_membership.calls.had_foreign_weight(type(module), type(weight))
             return False
@@ -32,7 +32,7 @@ def is_sparse(
     return False
 
 
-_PLAIN = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor)
 
 
 def count_dense(module: Any, *tensors: Tensor | None) -> None:
@@ -46,14 +46,14 @@ def count_dense(module: Any, *tensors: Tensor | None) -> None:
         if not is_exporting():
             note_compiled()
         return
-    if tensors and type(tensors[1]) in _PLAIN:
+    if tensors and type(tensors[1]) in PLAIN:
         needed = needs_backward(*tensors)  # type: ignore[arg-type]  # bias alone may be None
     else:
         # Of a subclass that knows layers' calls only nothing is asked, not even that.
         given: Iterable[Tensor | None] = tensors or module.parameters()
         found = (t for t in given if t is not None)
         needed = torch.is_grad_enabled() and any(
-            t.requires_grad for t in found if type(t) in _PLAIN or is_plain(type(t))
+            t.requires_grad for t in found if type(t) in PLAIN or is_plain(type(t))
         )
     calls = module._ssprop_membership.calls
     if not needed:

@@ -14,7 +14,7 @@ from ..core import operations
 from ..core.operations import Operation
 from ..ops.autograd import needs_backward
 from ..schedule.layer_policy import LayerPolicy
-from .dispatch import count_dense, dispatch, is_exporting, is_tracing
+from .dispatch import PLAIN, count_dense, dispatch, is_exporting, is_tracing
 from .layer_kinds import LAYERS, base_layer
 from .weights import is_plain
 
@@ -80,7 +80,8 @@ class _Catch(TorchFunctionMode):
         if any(weight is p for child in self.module.children() for p in child.parameters()):
             return func(*args, **kwargs)
         # Inside an autograd.Function, or of a weight that computes its product in its own way.
-        if not torch.is_grad_enabled() or not is_plain(type(weight)):
+        plain = type(weight) in PLAIN or is_plain(type(weight))  # torch 2.6 traces the first only
+        if not (plain and torch.is_grad_enabled()):
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():  # which does not model a mode's attributes
             self.caught = True
