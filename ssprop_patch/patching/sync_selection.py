@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._torch_compat import timeout_of
 from ..core.selection import RandomScores, ScoreFn, l1_scores, l2_scores
+from ..ops.channel_scores import channel_scores
 
 
 def synchronized(score_fn: ScoreFn, sync_selection: bool | Any) -> ScoreFn:
@@ -66,13 +67,13 @@ class SynchronizedScores:
     def __call__(self, dy: Tensor) -> Tensor:
         group = self._group_in_use(dy.device)
         if group is None:
-            return self.local(dy)
+            return channel_scores(self.local, dy)
         if isinstance(self.local, RandomScores):
             if self._agreed() is not group:
                 _agree_on_seed(self.local, dy.device, group)
                 self._agreed = ref(group)
-            return self.local(dy)
-        scores = self.local(dy)
+            return channel_scores(self.local, dy)
+        scores = channel_scores(self.local, dy)
         if self.local is l2_scores:
             scores = scores.square_()  # sums of squares add up; their order is that of the norms
         elif self.local is not l1_scores:

@@ -76,13 +76,13 @@ def assert_same(got, expected, tolerance=1e-10):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
 
 
-def compare_with_oracle(way, model, x):
+def compare_with_oracle(way, model, x, **kwargs):
     model = spread_out(model)
     dense = copy.deepcopy(model)
     with oracle.network(dense, RATE, order=way.order) as record:
         expected, expected_state = step(dense, x)
     assert record.dropped and record.gap > 1e-9
-    ssp.convert(model, RATE, selection=way.selection)
+    ssp.convert(model, RATE, selection=way.selection, **kwargs)
     got, state = step(model, x)
     assert_same(got, expected)
     for a, b in zip(state, expected_state, strict=True):

@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -13,6 +14,7 @@ import ssprop_patch as ssp
 from ssprop_patch import kernels
 from ssprop_patch.ops.algorithms import Algorithms
 from ssprop_patch.ops.lazy_grad import graph as lazy_grad
+from ssprop_patch.patching.sync_selection import SynchronizedScores
 
 from .norms import (
     RATE,
@@ -52,6 +54,15 @@ def test_of_a_grouped_convolution(way, formed, monkeypatch):
     monkeypatch.setattr(kernels, "by_rule", lambda *args: Algorithms("mask", "mask"))
     compare_with_oracle(way, net(groups=4), inputs())
     assert formed["masked"] > 0 and formed["whole"] == 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_with_one_choice_for_all_ranks(way, formed, alone, monkeypatch):
+    if not alone:  # two ranks that see the same
+        monkeypatch.setattr(SynchronizedScores, "_group_in_use", lambda *args: "group")
+        monkeypatch.setattr(dist, "all_reduce", lambda scores, group: scores.mul_(2))
+    compare_with_oracle(way, net(), inputs(), sync_selection=True)
+    assert formed == {"whole": 0, "part": 2, "masked": 0}
 
 
 def test_of_a_depthwise_convolution(way, formed):
