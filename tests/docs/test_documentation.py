@@ -8,6 +8,7 @@ is only compiled.
 from __future__ import annotations
 
 import ast
+import csv
 import functools
 import importlib
 import json
@@ -353,3 +354,16 @@ def test_the_notebook_runs(capsys):
             exec(compile("".join(cell["source"]), f"{path.name}:{cell['id']}", "exec"), names)
     out = capsys.readouterr().out
     assert "drop rate 0.8: 13 of 64 rows" in out and out.rstrip().endswith("False")
+
+
+def test_the_flops_of_the_readme_are_those_of_the_results():
+    rows = csv.DictReader((ROOT / "benchmarks/results/step_flops.csv").open())
+    shares = {row["network"]: float(row["step_share"]) for row in rows}
+    table = re.findall(
+        r"^\| (\w+), \d+×3×[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert len(table) == 6
+    for network, share in table:
+        assert f"{shares[network]:.2f}" == share, network
