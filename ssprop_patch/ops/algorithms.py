@@ -278,7 +278,7 @@ def candidates(x: Tensor, w: Tensor, p: ConvParams) -> tuple[list[str], list[str
 
 
 def is_legal(name: str, x: Sequence[int], w: Sequence[int], p: ConvParams, last: bool) -> bool:
-    """Whether a way can be that of a convolution of these shapes: one that was loaded, say.
+    """Whether an algorithm can be that of a convolution of these shapes: one that was loaded, say.
 
     The C functions look for themselves whether they can.
     """

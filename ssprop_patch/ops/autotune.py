@@ -1,4 +1,4 @@
-"""Which way each sparse backward is computed: by rule, or by a measurement at its first use.
+"""Which algorithms compute each sparse backward: by rule, or by a measurement at its first use.
 
 The gradient is the same either way, but for rounding. The rules are made from timings of a few
 machines, and convolution kernels differ between machines and versions by factors. So they may be
@@ -56,7 +56,7 @@ benchmark: bool = False
 # This many input shapes are timed for one layer's weight; the rules choose for the rest.
 _MOST_SHAPES = 16
 _REPEATS = 3
-# A way must be so much faster than the rule's: less is noise, and the caches are warmer here.
+# An algorithm must be this much faster than the rule's: less is noise, and caches are warmer here.
 _CLEARLY = 0.9
 
 
@@ -73,7 +73,7 @@ class Choice:
         kept: Output channels that are kept.
         needs: Of ``"x"`` and ``"w"``, whose gradient is needed.
         dx, dw: The algorithms chosen, see :mod:`ssprop_patch.ops.algorithms`.
-        ms: Milliseconds of each way that was timed, by ``"dx gather"``, ``"dw mask"``, ...
+        ms: Milliseconds of each algorithm that was timed, by ``"dx gather"``, ``"dw mask"``, ...
     """
 
     device: str
@@ -310,9 +310,9 @@ def _from_json(entry: dict[str, Any]) -> Choice:
 
     choice = Choice(**{name: as_tuple(value) for name, value in entry.items()})
     if choice.dx not in DX or choice.dw not in DW:
-        raise ValueError(f"there is no way {choice.dx!r}, {choice.dw!r}")
+        raise ValueError(f"there is no algorithm {choice.dx!r}, {choice.dw!r}")
     layer = choice.input_shape, choice.weight_shape, ConvParams(*choice.geometry)
     for way in (choice.dx, choice.dw):
         if not is_legal(way, *layer, choice.channels_last):
-            raise ValueError(f"{way!r} is no way to compute the gradients of {choice}")
+            raise ValueError(f"the algorithm {way!r} cannot compute the gradients of {choice}")
     return choice

@@ -20,6 +20,7 @@ from .weights import is_plain
 def is_sparse(
     module: Any, policy: LayerPolicy, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> bool:
+    """Whether a call of a stock layer is sparse; a dense one is counted."""
     if policy.active and module.training:
         # Before anything is read of the weight: some subclasses answer to calls of layers only.
         if not (type(weight) in PLAIN or is_plain(type(weight))):
@@ -49,7 +50,7 @@ def count_dense(module: Any, *tensors: Tensor | None) -> None:
     if tensors and type(tensors[1]) in PLAIN:
         needed = needs_backward(*tensors)  # type: ignore[arg-type]  # bias alone may be None
     else:
-        # Of a subclass that knows layers' calls only nothing is asked, not even that.
+        # Nothing is asked of a subclass that answers to calls of layers only, not even that.
         given: Iterable[Tensor | None] = tensors or module.parameters()
         found = (t for t in given if t is not None)
         needed = torch.is_grad_enabled() and any(

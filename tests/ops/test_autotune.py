@@ -177,7 +177,7 @@ def test_a_way_that_does_not_exist_is_refused(measuring, tmp_path):
     kernels.save(path)
     path.write_text(path.read_text().replace('"dx": "', '"dx": "un'))
     kernels.clear()
-    with pytest.raises(ValueError, match="no way 'un"):
+    with pytest.raises(ValueError, match="no algorithm 'un"):
         kernels.load(path)
     assert kernels.choices() == []
 
@@ -195,7 +195,7 @@ def test_a_way_of_other_layers_is_refused(kernel, stride, way, measuring, tmp_pa
     content[0]["geometry"][0] = [stride, stride]
     path.write_text(json.dumps(content))
     kernels.clear()
-    with pytest.raises(ValueError, match=f"'{way}' is no way to compute"):
+    with pytest.raises(ValueError, match=f"algorithm '{way}' cannot compute"):
         kernels.load(path)
     assert kernels.choices() == []
 
