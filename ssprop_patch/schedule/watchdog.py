@@ -7,6 +7,7 @@ device for anything but a handful of comparisons at the start, and holds nothing
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import warnings
 from collections import Counter
@@ -206,6 +207,10 @@ class Watchdog:
             and not any(calls.ran() for _, calls in layers)
             and _holds_alike(optimizer, [m for m, _ in layers])
         ):
+            del layers
+            gc.collect()  # a model that a notebook's cell has built anew may be garbage already
+            if not self._layers(controller):
+                return
             self._say(
                 "other model",
                 f"{steps} by {type(optimizer).__name__} over parameters of the same shapes, but "
