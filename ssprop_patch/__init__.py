@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BarSchedule",
+    "Coarse",
     "ConstantSchedule",
     "CosineSchedule",
     "LambdaSchedule",
@@ -22,11 +23,13 @@ __all__ = [
     "Meter",
     "MeterReport",
     "Plan",
+    "Principal",
     "Schedule",
     "SequentialSchedule",
     "SparsityController",
     "Status",
     "StepSchedule",
+    "Subspace",
     "Summary",
     "convert",
     "converted",
@@ -52,6 +55,8 @@ __all__ = [
 
 #: Where each of these is defined; they are imported when they are first used.
 _NAMES = {
+    "core.coarse": ("Coarse",),
+    "core.principal": ("Principal", "Subspace"),
     "flops.count": ("summary",),
     "flops.summary": ("Summary",),
     "metering.meter": ("Meter",),
@@ -118,6 +123,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import functional, integrations, metering, plots, timing
+    from .core.coarse import Coarse
+    from .core.principal import Principal, Subspace
     from .flops.count import summary
     from .flops.summary import Summary
     from .metering.meter import Meter

@@ -15,7 +15,9 @@ from ._validate import check_drop_rate
 from .core import operations
 from .core.geometry import Size
 from .core.operations import Operation
-from .core.selection import ScoreFn, Selection, kept_channels, resolve_selection
+from .core.principal import Principal
+from .core.rule import BackwardRule, Remainder, Selection, resolve_rule
+from .core.selection import kept_channels
 from .ops.autograd import needs_backward, sparse
 
 __all__ = [
@@ -40,6 +42,7 @@ def conv1d(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv1d` with a sparse backward; see :func:`conv2d`.
 
@@ -48,7 +51,7 @@ def conv1d(
         weight: Shape (C_out, C_in / groups, kernel).
     """
     args = (bias, stride, padding, dilation, groups)
-    return _run(operations.CONV1D, input, weight, args, drop_rate, selection)
+    return _run(operations.CONV1D, input, weight, args, drop_rate, selection, remainder)
 
 
 def conv2d(
@@ -62,6 +65,7 @@ def conv2d(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d` with a sparse backward.
 
@@ -78,7 +82,9 @@ def conv2d(
             *is* :func:`torch.nn.functional.conv2d`.
         selection: ``"l1"`` (the paper: mean of ``|dy|``), ``"l2"``, ``"random"`` (torch's default
             generator), or a callable that takes dy, shape (N, C_out, *spatial), and returns one
-            score per channel, shape (C_out,).
+            score per channel, shape (C_out,). Or a :class:`ssprop_patch.Subspace`, one for each
+            layer: dy goes back along its leading directions.
+        remainder: None, or ``"coarse"``: what is not selected goes back averaged over blocks.
 
     Returns:
         The output, bit-identical to :func:`torch.nn.functional.conv2d`.
@@ -88,7 +94,7 @@ def conv2d(
         ValueError: If ``drop_rate`` is outside [0, 1), or ``selection`` is unknown.
     """
     args = (bias, stride, padding, dilation, groups)
-    return _run(operations.CONV2D, input, weight, args, drop_rate, selection)
+    return _run(operations.CONV2D, input, weight, args, drop_rate, selection, remainder)
 
 
 def conv3d(
@@ -102,6 +108,7 @@ def conv3d(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv3d` with a sparse backward; see :func:`conv2d`.
 
@@ -110,7 +117,7 @@ def conv3d(
         weight: Shape (C_out, C_in / groups, kernel_d, kernel_h, kernel_w).
     """
     args = (bias, stride, padding, dilation, groups)
-    return _run(operations.CONV3D, input, weight, args, drop_rate, selection)
+    return _run(operations.CONV3D, input, weight, args, drop_rate, selection, remainder)
 
 
 def conv_transpose1d(
@@ -125,6 +132,7 @@ def conv_transpose1d(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose1d` with a sparse backward; see :func:`conv2d`.
 
@@ -133,7 +141,7 @@ def conv_transpose1d(
         weight: Shape (C_in, C_out / groups, kernel).
     """
     args = (bias, stride, padding, output_padding, groups, dilation)
-    return _run(operations.CONV_TRANSPOSE1D, input, weight, args, drop_rate, selection)
+    return _run(operations.CONV_TRANSPOSE1D, input, weight, args, drop_rate, selection, remainder)
 
 
 def conv_transpose2d(
@@ -148,6 +156,7 @@ def conv_transpose2d(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose2d` with a sparse backward; see :func:`conv2d`.
 
@@ -156,7 +165,7 @@ def conv_transpose2d(
         weight: Shape (C_in, C_out / groups, kernel_h, kernel_w).
     """
     args = (bias, stride, padding, output_padding, groups, dilation)
-    return _run(operations.CONV_TRANSPOSE2D, input, weight, args, drop_rate, selection)
+    return _run(operations.CONV_TRANSPOSE2D, input, weight, args, drop_rate, selection, remainder)
 
 
 def conv_transpose3d(
@@ -171,6 +180,7 @@ def conv_transpose3d(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose3d` with a sparse backward; see :func:`conv2d`.
 
@@ -179,7 +189,7 @@ def conv_transpose3d(
         weight: Shape (C_in, C_out / groups, kernel_d, kernel_h, kernel_w).
     """
     args = (bias, stride, padding, output_padding, groups, dilation)
-    return _run(operations.CONV_TRANSPOSE3D, input, weight, args, drop_rate, selection)
+    return _run(operations.CONV_TRANSPOSE3D, input, weight, args, drop_rate, selection, remainder)
 
 
 def linear(
@@ -189,6 +199,7 @@ def linear(
     *,
     drop_rate: float = 0.0,
     selection: Selection = "l1",
+    remainder: Remainder = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.linear` with a sparse backward; see :func:`conv2d`.
 
@@ -201,7 +212,7 @@ def linear(
         drop_rate: Fraction of the output features whose gradient is dropped, in [0, 1).
         selection: As for :func:`conv2d`; a callable is given dy as (rows, out_features).
     """
-    return _run(operations.LINEAR, input, weight, (bias,), drop_rate, selection)
+    return _run(operations.LINEAR, input, weight, (bias,), drop_rate, selection, remainder)
 
 
 def _run(
@@ -211,20 +222,26 @@ def _run(
     args: tuple[Any, ...],
     drop_rate: float,
     selection: Selection,
+    remainder: Remainder,
 ) -> Tensor:
     rate = check_drop_rate(drop_rate)
-    score_fn = resolve_selection(selection)
+    if selection == "principal" or isinstance(selection, Principal):
+        raise ValueError(
+            f"selection={selection!r} keeps directions from step to step: make one Subspace for "
+            "each layer, ssprop_patch.Subspace(), and pass that as selection"
+        )
+    rule = resolve_rule(selection, remainder)
     function = operation.function()
     if function is operation.original:
-        return _run_original(operation, rate, score_fn, input, weight, *args)
-    with _CatchOriginal(operation, rate, score_fn):  # a tool's, see operations.py
+        return _run_original(operation, rate, rule, input, weight, *args)
+    with _CatchOriginal(operation, rate, rule):  # a tool's, see operations.py
         return function(input, weight, *args)
 
 
 def _run_original(
     operation: Operation,
     rate: float,
-    score_fn: ScoreFn,
+    rule: BackwardRule,
     input: Tensor,
     weight: Tensor,
     *args: Any,
@@ -237,16 +254,16 @@ def _run_original(
         channels = operation.selectable(weight, geometry.groups)
         k = kept_channels(channels, rate)
         if k < channels:
-            return sparse(operation, input, weight, bias, geometry, k=k, score_fn=score_fn)
+            return sparse(operation, input, weight, bias, geometry, k=k, rule=rule)
     return operation.original(input, weight, *args, **kwargs)
 
 
 class _CatchOriginal(TorchFunctionMode):
     """Makes the function of torch's that a tool's replacement calls a sparse one."""
 
-    def __init__(self, operation: Operation, rate: float, score_fn: ScoreFn) -> None:
+    def __init__(self, operation: Operation, rate: float, rule: BackwardRule) -> None:
         super().__init__()
-        self.operation, self.rate, self.score_fn = operation, rate, score_fn
+        self.operation, self.rate, self.rule = operation, rate, rule
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -254,4 +271,4 @@ class _CatchOriginal(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not self.operation.original:
             return func(*args, **kwargs)
-        return _run_original(self.operation, self.rate, self.score_fn, *args, **kwargs)
+        return _run_original(self.operation, self.rate, self.rule, *args, **kwargs)

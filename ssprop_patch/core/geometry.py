@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -47,6 +49,19 @@ def conv_params(geometry: Geometry, dims: int, transposed: bool) -> ConvParams:
         transposed,
         ntuple(output_padding, dims),
     )
+
+
+def convolution_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return (N, C, *positions) of what a linear layer takes or returns, (*, C).
+
+    The first dimension counts samples, those between it and the last are positions: of tokens, or
+    of a map whose channels come last.
+    """
+    *lead, channels = shape
+    samples, positions = tuple(lead[:1]), tuple(lead[1:])
+    if len(positions) > 3:
+        samples, positions = tuple(lead[:-3]), tuple(lead[-3:])
+    return prod(samples), channels, *positions, *(1,) * (2 - len(positions))
 
 
 def ntuple(value: Size, n: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .coarse import coarse_twin
 from .geometry import ConvParams
 from .operations import Grads, OutputMask
 from .selection import ScoreFn, l1_scores, selectable_channels, topk_indices
@@ -102,6 +103,74 @@ def sparse_backward(
     if db is not None:
         db = db.new_zeros(channels).index_copy(0, kept, db)
     return dx, dw, db
+
+
+def whole_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    params: ConvParams,
+    output_mask: OutputMask = (True, True, True),
+    *,
+    kept: Tensor | None = None,
+    u: Tensor | None = None,
+    v: Tensor | None = None,
+    t: Tensor | None = None,
+    block: int = 0,
+) -> Grads:
+    """Return (dX, dW, db) where more goes back than some channels; db is that of the whole dy.
+
+    Channels are kept, or dy is projected on directions of its own, or dX and dW are on theirs. Then
+    what is left of the gradient goes back through the layer's coarse twin, with ``block``.
+
+    Args:
+        dy, x, w, params, output_mask: As for :func:`sparse_backward`.
+        kept: Indices of the kept channels.
+        u: Directions of dy, (groups, C_out / groups, k).
+        v: Directions of dX, (groups, C_in / groups, r).
+        t: Directions of the weight gradient, (groups, C_in / groups * taps, r).
+        block: See :mod:`ssprop_patch.core.coarse`; 0: nothing of the rest goes back.
+    """
+    needs = (*output_mask[:2], False)
+    selected = dy
+    if kept is not None:
+        selected = torch.zeros_like(dy).index_copy(1, kept, dy[:, kept])
+    elif u is not None:
+        selected = _project(dy, u)
+    dx, dw, _ = dense_backward(selected, x, w, params, needs)
+    if v is not None or t is not None:
+        dx, dw = _project_input(dx, dw, v, t)
+    if block:
+        rest = dy - selected if v is None and t is None else dy
+        twin = coarse_twin(x, dy, w, params, block)
+        dx_rest, dw_rest = twin.backward(twin.pool_output(rest), x, w, *needs[:2])
+        dx_rest = None if dx_rest is None else twin.of_x.spread(dx_rest)
+        dw_rest = None if dw_rest is None else dw_rest.expand_as(w)
+        if v is not None or t is not None:
+            along = _project_input(dx_rest, dw_rest, v, t)
+            dx_rest, dw_rest = (
+                a if b is None else a - b for a, b in zip((dx_rest, dw_rest), along, strict=True)
+            )
+        dx = None if dx is None else dx + dx_rest
+        dw = None if dw is None else dw + dw_rest
+    return dx, dw, dy.sum([0, *range(2, dy.dim())]) if output_mask[2] else None
+
+
+def _project(a: Tensor, basis: Tensor) -> Tensor:
+    """Return ``a``, (N, groups * c, *positions), projected on directions of each group."""
+    parts = a.reshape(a.shape[0], *basis.shape[:2], -1)
+    return torch.einsum("gck,gdk,ngdp->ngcp", basis, basis, parts).reshape(a.shape)
+
+
+def _project_input(
+    dx: Tensor | None, dw: Tensor | None, v: Tensor | None, t: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dX projected on ``v`` and dW on ``t``, or None where these are not given."""
+    dx = None if dx is None or v is None else _project(dx, v)
+    if dw is None or t is None:
+        return dx, None
+    rows = dw.reshape(t.shape[0], -1, t.shape[1])
+    return dx, (rows @ t @ t.mT).reshape(dw.shape)
 
 
 def linear_backward(

@@ -148,7 +148,8 @@ def resolve_selection(selection: Selection) -> ScoreFn:
     if isinstance(selection, str):
         if selection not in _BY_NAME:
             raise ValueError(
-                f"selection must be one of {sorted(_BY_NAME)} or a callable, got {selection!r}"
+                f"selection must be one of {sorted([*_BY_NAME, 'principal'])} or a callable, got "
+                f"{selection!r}"
             )
         return _BY_NAME[selection]
     if callable(selection):

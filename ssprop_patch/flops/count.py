@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +18,15 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from .._torch_compat import CONV_CLASSES
 from .._validate import check_count, check_drop_rate
 from ..core.operations import OutputMask
+from ..core.rule import (
+    TOP_K,
+    BackwardRule,
+    Extent,
+    Remainder,
+    Selection,
+    kind_of,
+    resolve_rule,
+)
 from ..core.selection import kept_channels, selectable_channels
 from ..ops import custom_ops
 from ..patching.dry_run import dry_run
@@ -29,18 +36,9 @@ from ..schedule import presets
 from ..schedule.controller import SparsityController
 from ..schedule.schedules import Schedule, as_schedule
 from ..schedule.settings import settings_of
+from .gradient import ConvFlops, layer_flops, mean_flops
 from .summary import LayerFlops, Summary
-from .trace import trace
-
-
-@dataclass(frozen=True)
-class ConvFlops:
-    """FLOPs of one call of a layer; ``backward`` is with ``kept`` of its channels."""
-
-    forward: int
-    dense_backward: int
-    backward: int
-    kept: int
+from .trace import TracedCall, trace
 
 
 def conv_flops(
@@ -72,22 +70,13 @@ def conv_flops(
     groups, rest = divmod(x_shape[at], w_shape[1])
     if rest or y_shape[at] != channels or channels % max(groups, 1):
         raise ValueError(f"no convolution has input {x_shape}, weight {w_shape}, output {y_shape}")
-    each = selectable_channels(channels, groups)
-    kept = kept_channels(each, check_drop_rate(drop_rate)) * (channels // each)
-    outputs = prod(y_shape)
-    return layer_flops(outputs // channels * prod(w_shape), outputs, channels, kept, output_mask)
+    k = kept_channels(selectable_channels(channels, groups), check_drop_rate(drop_rate))
+    extent = Extent.of(x_shape, w_shape, y_shape, groups)
+    return layer_flops(extent, TOP_K, k, output_mask)
 
 
-def layer_flops(
-    macs: int, outputs: int, channels: int, kept: int, output_mask: OutputMask
-) -> ConvFlops:
-    """``macs``: multiply-adds of the forward; ``outputs``: M * C_out."""
-    dense = 2 * macs * (output_mask[0] + output_mask[1]) + outputs * output_mask[2]
-    sparse = dense // channels * kept + 2 * outputs * any(output_mask) if kept < channels else dense
-    return ConvFlops(2 * macs, dense, sparse, kept)
-
-
-# As torch counts aten.convolution_backward and mm: multiply-adds only, no bias, no importance.
+# As torch counts aten.convolution_backward and mm: multiply-adds only, no bias, no importance. (Of
+# directions and the coarse remainder all is counted, as summary does.)
 
 
 def _conv_operator_flops(
@@ -107,10 +96,29 @@ def _conv_operator_flops(
 ) -> int:
     channels = dy.shape[1]
     each = selectable_channels(channels, groups)
-    kept = settings_of(token).kept(each, float(rate)) * (channels // each)
+    settings = settings_of(token)
+    k = settings.kept(each, float(rate))
+    if not settings.rule.is_top_k:
+        return _rule_flops(dy, x, w, groups, transposed, settings.rule, k, output_mask)
+    kept = k * (channels // each)
     at = x if transposed else dy  # where the kernel is applied
     macs = at.numel() // at.shape[1] * w.numel() // channels * kept
     return 2 * macs * (output_mask[0] + output_mask[1])
+
+
+def _rule_flops(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    groups: int,
+    transposed: bool,
+    rule: BackwardRule,
+    k: int,
+    output_mask: Sequence[bool],
+) -> int:
+    need_x, need_w, need_b = output_mask
+    extent = Extent.of(x.shape, w.shape, dy.shape, groups, transposed, rule.block)
+    return layer_flops(extent, kind_of(rule, extent, k), k, (need_x, need_w, need_b)).backward
 
 
 def _linear_operator_flops(
@@ -122,7 +130,10 @@ def _linear_operator_flops(
     output_mask: Sequence[bool],
     **_: Any,
 ) -> int:
-    kept = settings_of(token).kept(w.shape[0], float(rate))
+    settings = settings_of(token)
+    kept = settings.kept(w.shape[0], float(rate))
+    if not settings.rule.is_top_k:
+        return _rule_flops(dy, x, w, 1, False, settings.rule, kept, output_mask)
     return 2 * (dy.numel() // w.shape[0] * kept * w.shape[1]) * (output_mask[0] + output_mask[1])
 
 
@@ -141,6 +152,8 @@ def summary(
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     types: Types = DEFAULT_TYPES,
     align: int | None = None,
+    selection: Selection | None = None,
+    remainder: Remainder = None,
     drop_rate: float | None = None,
     schedule: Schedule | float | Callable[[int], float] | None = None,
     epochs: int | None = None,
@@ -163,6 +176,9 @@ def summary(
         types: Classes of layers that a conversion would take, as for :func:`ssprop_patch.convert`.
         align: Round the number of kept channels up to a multiple of this, as ``convert(align=)``
             does. Default: as the model was converted, else 1.
+        selection: Count with this selection, as ``convert(selection=)``. Default: as the model was
+            converted, else the paper's. Refreshes of directions count with their mean.
+        remainder: As ``convert(remainder=)``; given one of the two, both count.
         drop_rate: Count with this rate.
         schedule: Count the mean over t = 0, 1, ... of this schedule, for ``epochs`` epochs, each t
             with its own number of kept channels. With neither: the model's controller's schedule
@@ -183,6 +199,9 @@ def summary(
     if drop_rate is not None and schedule is not None:
         raise ValueError("give drop_rate or schedule, not both")
     align = None if align is None else check_count(align, "align", 1)
+    chosen = None
+    if selection is not None or remainder is not None:
+        chosen = resolve_rule("l1" if selection is None else selection, remainder)
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module  # their own forward communicates
     found = dry_run(model, types=types)
@@ -226,18 +245,15 @@ def summary(
         module, row = call.module, rows[call.module]
         each = selectable_channels(call.channels, getattr(module, "groups", 1))
         policy, frozen = policies.get(module), model.training and not module.training
+        rule = chosen or BackwardRule()
         if policy is not None and not frozen:
-            to = policy.align if align is None else align
+            to, rule = policy.align if align is None else align, chosen or policy.rule
             ks, rate = kept(policy.controller, policy.override, to, each)
         elif not policies and row.action == "convert" and not frozen:
             ks, rate = kept(None, None, align or 1, each)
         else:
             ks, rate = Counter([each]), 0.0
-        choices = call.channels // each
-        flops = {
-            k: layer_flops(call.macs, call.outputs, call.channels, k * choices, call.output_mask)
-            for k in ks
-        }
+        flops = {k: _call_flops(call, rule, k) for k in ks}
         fewest, total = flops[min(ks)], ks.total()
         sparse = (sum(n * flops[k].backward for k, n in ks.items()) * calls + total // 2) // total
         layers.append(
@@ -262,6 +278,22 @@ def summary(
     if aligned - {1}:
         label += f"; kept channels rounded up to multiples of {'/'.join(map(str, sorted(aligned)))}"
     return Summary(tuple(layers), label, others)
+
+
+def _call_flops(call: TracedCall, rule: BackwardRule, k: int) -> ConvFlops:
+    extent = Extent.of(
+        call.input_shape,
+        call.weight_shape,
+        call.output_shape,
+        getattr(call.module, "groups", 1),
+        getattr(call.module, "transposed", False),
+        rule.block,
+    )
+    kind = kind_of(rule, extent, k)
+    if rule.subspace is None:
+        return layer_flops(extent, kind, k, call.output_mask)
+    interval = rule.subspace.settings.refresh_interval
+    return mean_flops(extent, kind, k, call.output_mask, interval)
 
 
 def _rates(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.selection import l1_scores
+from ..core.rule import BackwardRule
 from ..patching.conversion import Conversion, apply_conversion
 from ..patching.dry_run import dry_run
 from ..patching.eligibility import DEFAULT_TYPES
@@ -113,7 +113,7 @@ class Instrumentation:
             name, policy = names[row.module], converted[row.name]
             if policy is None:
                 controller = _nearest_controller(row.name, converted) or dense
-                policy = LayerPolicy(controller, l1_scores, 0.0)
+                policy = LayerPolicy(controller, BackwardRule(), 0.0)
                 bystanders.append((row.module, controller))
             record = self.records.get(name) or LayerRecord(
                 name, _is_transposed(row), count_channels=self._count_channels

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from math import prod
 from operator import add
 from typing import Any, NamedTuple
 
@@ -17,12 +16,21 @@ from torch import Tensor
 
 from .._torch_compat import FakeTensor
 from .._validate import check_count
-from ..core.selection import selectable_channels
-from ..flops.count import layer_flops
+from ..core.operations import OutputMask
+from ..core.rule import TOP_K, BackwardKind, Extent
+from ..flops.gradient import layer_flops
 from ..flops.trace import Shape
 
-#: Shapes of x, w and y; of a backward also k (None: all channels) and which of dX, dW, db.
-_Call = tuple[Shape, Shape, Shape, int | None, tuple[bool, bool, bool] | None]
+
+class _Call(NamedTuple):
+    """Shapes of x, w and y; of a backward also k (None: all), which of dX, dW, db, and its kind."""
+
+    x: Shape
+    w: Shape
+    y: Shape
+    k: int | None = None
+    output_mask: OutputMask | None = None
+    kind: BackwardKind = TOP_K
 
 
 @dataclass(frozen=True)
@@ -135,14 +143,20 @@ class LayerRecord:
     def forward(self, x: Tensor, w: Tensor, y: Tensor) -> None:
         """A forward pass ran."""
         if type(x) is not FakeTensor:  # a summary, a tracer: nothing ran
-            self.ran((x.shape, w.shape, y.shape, None, None))
+            self.ran(_Call(x.shape, w.shape, y.shape))
 
     def backward(
-        self, x: Tensor, w: Tensor, dy: Tensor, k: int, output_mask: tuple[bool, bool, bool]
+        self,
+        x: Tensor,
+        w: Tensor,
+        dy: Tensor,
+        k: int,
+        output_mask: OutputMask,
+        kind: BackwardKind = TOP_K,
     ) -> None:
-        """A backward pass ran, with ``k`` channels of each choice."""
+        """A backward pass ran, with ``k`` channels, or directions, of each choice."""
         if type(x) is not FakeTensor:
-            self.ran((x.shape, w.shape, dy.shape, k, output_mask))
+            self.ran(_Call(x.shape, w.shape, dy.shape, k, output_mask, kind))
 
     def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
         """A forward ran in torch's own way, and so will its backward, if there is one."""
@@ -154,16 +168,16 @@ class LayerRecord:
             tuple(w.shape),
             (*batch, *y.shape),
         )
-        self.ran((*shapes, None, None))
+        self.ran(_Call(*shapes))
         if y.requires_grad:  # by shapes: nothing is kept alive
             need_x, need_w, need_b = (t is not None and t.requires_grad for t in (x, w, b))
-            call = (*shapes, None, (need_x, need_w, need_b))
+            call = _Call(*shapes, None, (need_x, need_w, need_b))
             y.register_hook(lambda dy: self.ran(call))
 
     def ran(self, call: _Call) -> None:
         """Take note of a call by its shapes: x, w, y; of a backward also k (None: all) and mask."""
         self._calls.append(call)
-        if call[4] is not None:
+        if call.output_mask is not None:
             self._latest = call
             self._uses += 1
         if len(self._calls) >= self._ENOUGH:
@@ -175,8 +189,7 @@ class LayerRecord:
         if latest is None or not self._count_channels or type(index) is FakeTensor:
             return
         if self._times_kept is None:
-            _, w, dy, *_ = latest
-            self._times_kept = torch.zeros(_channels(w, dy), device=index.device)
+            self._times_kept = torch.zeros(_channels(latest.w, latest.y), device=index.device)
         self._times_kept.index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
         self._sparse_uses += 1
 
@@ -224,21 +237,18 @@ class LayerRecord:
 @lru_cache(maxsize=4096)
 def _cost(call: _Call, transposed: bool) -> LayerTotals:
     """Return what one call adds to the totals."""
-    x, w, y, k, output_mask = call
+    x, w, y, k, output_mask, kind = call
     channels = _channels(w, y)
     groups = 1 if len(w) == 2 else channels // w[1] if transposed else x[1] // w[1]
-    choices = channels // selectable_channels(channels, groups)
-    kept = channels if k is None else k * choices
-    at = x if transposed else y  # where the kernel is applied
-    macs = prod(at) // (at[1] if len(w) > 2 else at[-1]) * prod(w)
-    flops = layer_flops(macs, prod(y), channels, kept, output_mask or (False, False, False))
+    extent = Extent.of(x, w, y, groups, transposed, kind.block)
+    flops = layer_flops(extent, kind, k, output_mask or (False, False, False))
     if output_mask is None:
         return LayerTotals(forwards=1, forward_flops=flops.forward)
     return LayerTotals(
         backwards=1,
-        sparse=int(kept < channels),
+        sparse=int(flops.kept < channels),
         channels=channels,
-        kept=kept,
+        kept=flops.kept,
         dense_backward_flops=flops.dense_backward,
         backward_flops=flops.backward,
     )

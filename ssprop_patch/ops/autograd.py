@@ -13,6 +13,7 @@ from torch import Tensor
 from .._torch_compat import backward_class, will_engine_execute_node
 from ..core.geometry import ConvParams, Geometry, conv_params, ntuple, resolve_padding
 from ..core.operations import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS, Operation
+from ..core.rule import BackwardRule
 from ..core.selection import ScoreFn
 from ..schedule.call_observer import CallObserver
 from . import custom_ops
@@ -36,7 +37,7 @@ def sparse(
     geometry: Geometry,
     *,
     k: int = 0,
-    score_fn: ScoreFn | None = None,
+    rule: BackwardRule | None = None,
     observer: CallObserver | None = None,
     compiled: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -44,7 +45,7 @@ def sparse(
 
     Args:
         k: Channels to keep of each choice.
-        score_fn: Scores the channels.
+        rule: What of the gradient goes back.
         observer: Gets a report of this call.
         compiled: Instead of these three: rate and token, see :mod:`.custom_ops`. For
             torch.compile, which would make one graph per ``k``.
@@ -68,9 +69,9 @@ def sparse(
         bias = None if bias is None else cast(bias, dtype, device_type)
     if operation.dims == 0:
         if compiled is None:
-            return _SparseLinear.apply(input, weight, bias, k, score_fn, observer)
+            return _SparseLinear.apply(input, weight, bias, k, rule, observer)
         return _OpaqueSparseLinear.apply(input, weight, bias, *compiled)
-    return _convolve(operation, input, weight, bias, geometry, k, score_fn, observer, compiled)
+    return _convolve(operation, input, weight, bias, geometry, k, rule, observer, compiled)
 
 
 def _convolve(
@@ -80,7 +81,7 @@ def _convolve(
     bias: Tensor | None,
     geometry: Geometry,
     k: int,
-    score_fn: ScoreFn | None,
+    rule: BackwardRule | None,
     observer: CallObserver | None,
     compiled: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
@@ -95,7 +96,7 @@ def _convolve(
         geometry = Geometry(stride, padding, dilation, geometry.groups)
     params = conv_params(geometry, dims, operation.transposed)
     if compiled is None:
-        out = _SparseConv.apply(input, weight, bias, params, k, score_fn, observer)
+        out = _SparseConv.apply(input, weight, bias, params, k, rule, observer)
     else:
         out = _OpaqueSparseConv.apply(input, weight, bias, *params, *compiled)
     return out.squeeze(0) if unbatched else out
@@ -126,11 +127,11 @@ class _SparseConv(torch.autograd.Function):
         b: Tensor | None,
         params: ConvParams,
         k: int,
-        score_fn: ScoreFn,
+        rule: BackwardRule,
         observer: CallObserver | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.config = params, k, score_fn, observer
+        ctx.config = params, k, rule, observer
         y = _convolution(x, w, b, params)
         if observer is not None:
             observer.forward(x, w, y)
@@ -141,12 +142,12 @@ class _SparseConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         if w.dtype is not x.dtype:  # a hook put it back into the dtype that it is stored in
             w = w.to(x.dtype)
-        params, k, score_fn, observer = ctx.config
+        params, k, rule, observer = ctx.config
         output_mask = _output_mask(ctx)
         if not torch.compiler.is_compiling():
             lazy_grad.prepare_before(ctx, x, score_fn_of)
         grads = _outside_of_autocast(
-            sparse_backward, dy, x, w, params, k, score_fn, output_mask, observer
+            sparse_backward, dy, x, w, params, k, rule, output_mask, observer
         )
         return *grads, None, None, None, None
 
@@ -155,9 +156,10 @@ class _SparseConv(torch.autograd.Function):
 SparseConvNode = backward_class(_SparseConv)
 
 
-def score_fn_of(node: Any) -> ScoreFn:
-    """Return what scores the channels of a :data:`SparseConvNode`."""
-    return node.config[2]
+def score_fn_of(node: Any) -> ScoreFn | None:
+    """Return what scores the channels of a :data:`SparseConvNode`; None if it needs all of dy."""
+    rule: BackwardRule = node.config[2]
+    return rule.score_fn if rule.is_top_k else None
 
 
 def make_lazy(out: Tensor) -> None:
@@ -175,11 +177,11 @@ class _SparseLinear(torch.autograd.Function):
         w: Tensor,
         b: Tensor | None,
         k: int,
-        score_fn: ScoreFn,
+        rule: BackwardRule,
         observer: CallObserver | None,
     ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.config = k, score_fn
+        ctx.config = k, rule
         ctx.observer = observer
         y = _linear(x, w, b)
         if observer is not None:

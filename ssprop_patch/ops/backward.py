@@ -13,13 +13,15 @@ from torch import Tensor
 from ..core.geometry import ConvParams
 from ..core.operations import Grads, OutputMask
 from ..core.reference import dense_backward
-from ..core.selection import ScoreFn, selectable_channels
+from ..core.rule import BackwardRule
+from ..core.selection import selectable_channels
 from ..schedule.call_observer import CallObserver
 from . import autotune
 from .channel_gradients import KeptChannels
 from .channel_ops import put_rows, take_channels
 from .channel_scores import select_channels
 from .native.tensors import check_memory
+from .whole_gradient import whole_backward, whole_linear_backward
 
 
 def sparse_backward(
@@ -28,7 +30,7 @@ def sparse_backward(
     w: Tensor,
     p: ConvParams,
     k: int,
-    score_fn: ScoreFn,
+    rule: BackwardRule,
     output_mask: OutputMask,
     observer: CallObserver | None = None,
 ) -> Grads:
@@ -40,7 +42,7 @@ def sparse_backward(
         w: Weight, (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if transposed.
         p: Geometry.
         k: Channels to keep of each choice; the dense gradient when that is all of them.
-        score_fn: Scores the channels of ``dy``.
+        rule: What of the gradient goes back.
         output_mask: Which of dX, dW, db are needed.
         observer: Gets a report of what ran.
 
@@ -48,17 +50,21 @@ def sparse_backward(
         dX of ``x``'s shape; dW and db exactly zero for channels not kept. The operations are
         differentiable, so that a double backward differentiates through the kept channels.
     """
-    if observer is not None:
-        observer.backward(x, w, dy, k, output_mask)
     channels = p.out_channels(w)
     # What was changed after the forward is an error, which torch's own kernels raise.
     changed = dy.shape[1] != channels or not w.dim() == x.dim() == dy.dim()
     if changed or k >= selectable_channels(channels, p.groups):
+        if observer is not None:
+            observer.backward(x, w, dy, k, output_mask)
         return dense_backward(dy, x, w, p, output_mask)
+    if not rule.is_top_k:
+        return whole_backward(dy, x, w, p, k, rule, output_mask, observer)
+    if observer is not None:
+        observer.backward(x, w, dy, k, output_mask)
     if p.transposed:  # of others it is seen when C functions are asked for
         check_memory(x)
         check_memory(w)
-    kept = KeptChannels(dy, x, w, p, k, score_fn)
+    kept = KeptChannels(dy, x, w, p, k, rule.score_fn)
     algorithms = autotune.choose(kept, *output_mask[:2])
     grads = algorithms.run(kept, output_mask)
     if observer is not None:
@@ -79,7 +85,7 @@ def linear_backward(
     x: Tensor,
     w: Tensor,
     k: int,
-    score_fn: ScoreFn,
+    rule: BackwardRule,
     output_mask: OutputMask,
     observer: CallObserver | None = None,
 ) -> Grads:
@@ -90,17 +96,19 @@ def linear_backward(
         x: Input, (*, in_features).
         w: Weight, (out_features, in_features).
         k: Features to keep.
-        score_fn: Scores the features; is given dy as (rows, out_features).
+        rule: What of the gradient goes back; scores are of dy as (rows, out_features).
         output_mask: Which of dX, dW, db are needed.
         observer: Gets a report of what ran.
     """
+    if not rule.is_top_k and k < w.shape[0]:
+        return whole_linear_backward(dy, x, w, k, rule, output_mask, observer)
     if observer is not None:
         observer.backward(x, w, dy, k, output_mask)
     need_x, need_w, need_b = output_mask
     number = math.prod(dy.shape[:-1])  # for -1 there would have to be elements
     rows = dy.reshape(number, w.shape[0])
     if k < w.shape[0]:
-        index = select_channels(rows, k, 1, score_fn)
+        index = select_channels(rows, k, 1, rule.score_fn)
         if observer is not None:
             observer.selected(index)
         rows = take_channels(rows, index)

@@ -82,9 +82,7 @@ def _conv_backward(
     _observe_forward(settings.observer, x, w, dy)
     need_x, need_w, need_b = output_mask
     needed = (need_x, need_w, need_b)
-    grads = backward.sparse_backward(
-        dy, x, w, params, k, settings.score_fn, needed, settings.observer
-    )
+    grads = backward.sparse_backward(dy, x, w, params, k, settings.rule, needed, settings.observer)
     return _promised(grads, x, w)
 
 
@@ -113,7 +111,7 @@ def _linear_backward(
     _observe_forward(settings.observer, x, w, dy)
     need_x, need_w, need_b = output_mask
     needed = (need_x, need_w, need_b)
-    grads = backward.linear_backward(dy, x, w, k, settings.score_fn, needed, settings.observer)
+    grads = backward.linear_backward(dy, x, w, k, settings.rule, needed, settings.observer)
     dx = x if grads[0] is None else grads[0]  # contiguous, whatever the strides of x
     return _promised(grads, dx, w)
 

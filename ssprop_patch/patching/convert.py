@@ -11,7 +11,7 @@ from torch import nn
 from .._torch_compat import DecoratorContextManager
 from .._validate import check_count
 from ..class_swap import is_patched
-from ..core.selection import Selection, resolve_selection
+from ..core.rule import Remainder, Selection, resolve_rule
 from ..schedule import presets
 from ..schedule.controller import SparsityController
 from ..schedule.layer_policy import LayerPolicy
@@ -39,6 +39,7 @@ def convert(
     overrides: Mapping[str, float] | None = None,
     align: int = 1,
     selection: Selection = "l1",
+    remainder: Remainder = None,
     sync_selection: bool | ProcessGroup = False,
     controller: SparsityController | None = None,
     strict: bool = True,
@@ -71,7 +72,13 @@ def convert(
             A layer with no more channels than that stays dense. ``summary`` and ``Meter`` say the
             true rate.
         selection: How channels are scored: ``"l1"`` (the paper), ``"l2"``, ``"random"``, or a
-            callable that takes dy, shape (N, C_out, *spatial), and returns (C_out,) scores.
+            callable that takes dy, shape (N, C_out, *spatial), and returns (C_out,) scores. Or
+            ``"principal"`` (:class:`ssprop_patch.Principal` has its settings): dy goes back along
+            its leading directions over channels, as many as channels would be kept; depthwise
+            layers, and those in which that costs more than it saves, keep channels by ``"l1"``.
+        remainder: What becomes of the gradient that is not selected. None: it is dropped, as in the
+            paper. ``"coarse"`` (:class:`ssprop_patch.Coarse` has its settings): it goes back
+            averaged over blocks of 4 x 4 positions, for one or two percent of the FLOPs.
         sync_selection: Under DDP or FSDP, whether all ranks keep the same channels: those that one
             process with the whole batch would keep. By default each rank chooses by its own part
             of the batch, so that the averaged gradient has more non-zero rows than one rank's.
@@ -97,7 +104,7 @@ def convert(
     todo = dry_run(model, types=types, filter_fn=filter_fn, exclude=exclude, overrides=overrides)
     if todo.refused:
         raise ValueError(_refusal("convert", todo))
-    score_fn = resolve_selection(selection)
+    rule = resolve_rule(selection, remainder)
     align = check_count(align, "align", 1)
     if controller is None:
         controller = SparsityController(schedule, steps_per_epoch=steps_per_epoch)
@@ -112,9 +119,8 @@ def convert(
             "schedule and steps_per_epoch belong to the controller: give them to "
             "SparsityController(...), or leave controller out"
         )
-    if selection == "random":
-        score_fn = controller.random_scores
-    score_fn = synchronized(score_fn, sync_selection)
+    score_fn = controller.random_scores if selection == "random" else rule.score_fn
+    rule = rule._replace(score_fn=synchronized(score_fn, sync_selection))
     if not todo.converted:
         message = f"nothing to convert in this {type(model).__name__}: " + (
             f"all its convolutions stay dense\n{todo}" if len(todo) else "no convolution in it"
@@ -126,7 +132,7 @@ def convert(
         warnings.warn(message, stacklevel=2)
 
     layers = {
-        row.module: LayerPolicy(controller, score_fn, row.drop_rate, align)
+        row.module: LayerPolicy(controller, rule.for_another_layer(), row.drop_rate, align)
         for row in todo.converted
     }
     roots = {model: controller} if layers else {}

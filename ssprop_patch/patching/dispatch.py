@@ -100,7 +100,7 @@ def dispatch(
                 bias,
                 geometry,
                 k=k,
-                score_fn=policy.score_fn,
+                rule=policy.rule,
                 observer=policy.observer,
             )
         module._ssprop_membership.calls.kept_all(policy.drop_rate)

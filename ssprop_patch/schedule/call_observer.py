@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..core.operations import OutputMask
+from ..core.rule import TOP_K, BackwardKind
 
 
 class CallObserver(Protocol):
@@ -15,8 +16,16 @@ class CallObserver(Protocol):
     def forward(self, x: Tensor, w: Tensor, y: Tensor) -> None:
         """A forward pass ran."""
 
-    def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, output_mask: OutputMask) -> None:
-        """A backward pass ran, with ``k`` channels of each choice."""
+    def backward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        dy: Tensor,
+        k: int,
+        output_mask: OutputMask,
+        kind: BackwardKind = TOP_K,
+    ) -> None:
+        """A backward pass ran, with ``k`` channels, or directions, of each choice."""
 
     def selected(self, index: Tensor) -> None:
         """The kept channels, in a sparse backward."""

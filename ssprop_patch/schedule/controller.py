@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from .._validate import check_count, check_drop_rate
 from ..core.selection import RandomScores
 from . import presets
+from .layer_state import check_layers_state, layers_state, load_layers_state
 from .schedules import Schedule, as_schedule
 from .settings import rate_tensor
 from .step_counter import StepCounter
@@ -203,8 +204,12 @@ class SparsityController:
 
     # --- checkpoints and copies ---------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, int | float | bool | str | None]:
-        """Return what :meth:`load_state_dict` needs to go on exactly here: plain scalars."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` needs to go on exactly here.
+
+        Plain scalars, and under ``selection="principal"`` the tensors of each layer.
+        """
+        layers = layers_state(self.step_counter)
         return {
             "version": 1,
             "schedule": repr(self._schedule),
@@ -215,6 +220,7 @@ class SparsityController:
             "drop_rate": self._scheduled_rate,
             "seed": self.random_scores.seed,
             "draws": self.random_scores.draws,
+            **({"layers": layers} if layers else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,10 +229,10 @@ class SparsityController:
         The number of steps per epoch may differ (another batch size); the schedule may not.
 
         Raises:
-            ValueError: If the state is not a controller's, or of another schedule; nothing has
-                changed then.
+            ValueError: If the state is not a controller's, of another schedule or of other layers;
+                nothing has changed then.
         """
-        missing = sorted(set(self.state_dict()) - set(state))
+        missing = sorted(set(self.state_dict()) - set(state) - {"layers"})
         if missing:
             raise ValueError(f"not the state of a SparsityController: {missing} missing")
         if state["version"] != 1:
@@ -241,7 +247,10 @@ class SparsityController:
         steps = check_count(state["steps"], "steps", 0)
         rate = check_drop_rate(state["drop_rate"])
         seed, draws = int(state["seed"]), check_count(state["draws"], "draws", 0)
+        layers = state.get("layers", {})
+        check_layers_state(self.step_counter, layers)
         self._t, self._steps, self._by_hand = t, steps, bool(state["by_hand"])
+        load_layers_state(self.step_counter, layers)
         self.random_scores.seed, self.random_scores.draws = seed, draws
         self._set_rate(rate)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.selection import ScoreFn
+from ..core.rule import BackwardRule
 from .call_observer import CallObserver
 from .controller import SparsityController
 from .settings import LayerSettings, token_of
@@ -15,7 +15,7 @@ class LayerPolicy:
 
     Args:
         controller: Holds the rate.
-        score_fn: Scores the channels.
+        rule: What of the gradient goes back; its state is this layer's own.
         override: This layer's own rate whenever the controller's is above 0.
         align: The number of kept channels is rounded up to a multiple of it.
         observer: Gets a report of each call in training mode, dense ones too: for a meter.
@@ -24,13 +24,13 @@ class LayerPolicy:
     def __init__(
         self,
         controller: SparsityController,
-        score_fn: ScoreFn,
+        rule: BackwardRule,
         override: float | None = None,
         align: int = 1,
         observer: CallObserver | None = None,
     ) -> None:
         self.controller = controller
-        self.score_fn = score_fn
+        self.rule = rule
         self.override = override
         self.align = align
         self.observer = observer
@@ -40,12 +40,12 @@ class LayerPolicy:
         # What compiled code reads: bools, and tensors whose values are not guarded on.
         self.can_drop = self.override != 0.0
         self.is_metered = self.observer is not None
-        self.settings = LayerSettings(self.score_fn, self.override, self.align, self.observer)
+        self.settings = LayerSettings(self.rule, self.override, self.align, self.observer)
         self.token = token_of(self.settings)
 
     def metered(self, observer: CallObserver) -> LayerPolicy:
         """Return the same policy with a report of each call to ``observer``."""
-        return LayerPolicy(self.controller, self.score_fn, self.override, self.align, observer)
+        return LayerPolicy(self.controller, self.rule, self.override, self.align, observer)
 
     @property
     def active(self) -> bool:
@@ -62,7 +62,7 @@ class LayerPolicy:
         return self.settings.kept(channels, self.controller._drop_rate)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("controller", "score_fn", "override", "align", "observer")
+        names = ("controller", "rule", "override", "align", "observer")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import never_compile_alone
-from ..core.selection import ScoreFn, kept_channels
+from ..core.rule import BackwardRule
+from ..core.selection import kept_channels
 from .call_observer import CallObserver
 
 
@@ -26,13 +27,13 @@ class LayerSettings:
     """What one layer goes by, but for the rate that changes.
 
     Attributes:
-        score_fn: Scores the channels.
+        rule: What of the gradient goes back.
         override: The layer's own rate whenever the model's is above 0.
         align: The number of kept channels is rounded up to a multiple of it.
         observer: Gets a report of each call.
     """
 
-    score_fn: ScoreFn
+    rule: BackwardRule
     override: float | None = None
     align: int = 1
     observer: CallObserver | None = None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
-from weakref import WeakMethod, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
 from torch import nn
@@ -51,8 +51,9 @@ class StepCounter:
     ) -> None:
         self._on_iteration = WeakMethod(on_iteration)
         self._on_other_step = None if on_other_step is None else WeakMethod(on_other_step)
-        self._layers: WeakSet[nn.Module] = WeakSet()
-        self._roots: WeakSet[nn.Module] = WeakSet()
+        # Dictionaries, which keep the order in which they were added.
+        self._layers: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
+        self._roots: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
         self._owned: WeakSet[Optimizer] = WeakSet()
         self._adopted: WeakSet[Optimizer] = WeakSet()
         self._stepped: WeakSet[Optimizer] = WeakSet()
@@ -68,13 +69,13 @@ class StepCounter:
         Where all convolutions are frozen, the optimizer holds none of the layers' parameters.
         """
         with _lock:
-            (self._layers if is_layer else self._roots).add(module)
+            (self._layers if is_layer else self._roots).setdefault(module)
 
     def discard(self, module: nn.Module) -> None:
         """Watch ``module`` no longer; without any layer left no step counts."""
         with _lock:
-            self._layers.discard(module)
-            self._roots.discard(module)
+            self._layers.pop(module, None)
+            self._roots.pop(module, None)
             self._owned.clear()
 
     def adopt(self, optimizer: Optimizer) -> None:

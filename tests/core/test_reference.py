@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ssprop_patch.core import reference
 from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import kept_channels, l1_scores, selectable_channels
 from ssprop_patch.ops import backward
 
@@ -49,7 +50,7 @@ def test_it_is_the_dense_backward_of_the_kept_channels(
     k = kept_channels(selectable_channels(dy.shape[1], p.groups), RATE)
     expected = masked_dense(dy, x, w, p, output_mask)
     found = reference.sparse_backward(dy, x, w, p, k, output_mask=output_mask)
-    fast = backward.sparse_backward(dy, x, w, p, k, l1_scores, output_mask)
+    fast = backward.sparse_backward(dy, x, w, p, k, BackwardRule(l1_scores), output_mask)
     for needed, e, f, g in zip(output_mask, expected, found, fast, strict=True):
         assert (f is not None) == (g is not None) == needed
         if needed:

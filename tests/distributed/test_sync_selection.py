@@ -110,4 +110,4 @@ def test_a_device_mesh_is_answered_with_how_to_get_its_group(world_of_one):
 def test_converting_again_without_it_takes_it_off():
     model = ssp.convert(by_hand.make(), 0.75, sync_selection=True)
     ssp.convert(model, 0.75)
-    assert model.stem._ssprop_policy.score_fn is selection.l1_scores
+    assert model.stem._ssprop_policy.rule.score_fn is selection.l1_scores

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssprop_patch import functional
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores
 from ssprop_patch.flops.count import ConvFlops, conv_flops
 from ssprop_patch.ops import custom_ops
@@ -113,7 +114,10 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_torchs_counter_knows_the_opaque_operator():
-    tensors = settings.rate_tensor(0.75), settings.token_of(settings.LayerSettings(l1_scores))
+    tensors = (
+        settings.rate_tensor(0.75),
+        settings.token_of(settings.LayerSettings(BackwardRule(l1_scores))),
+    )
     dy, x, w = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
     geometry = ([1, 1], [1, 1], [1, 1], 1, False, [0, 0], *tensors)
     for mask in ([True, True, True], [False, True, False]):

@@ -16,6 +16,7 @@ import fuzz_reference
 import torch
 
 from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores, l2_scores
 from ssprop_patch.ops import algorithms, backward
 from ssprop_patch.ops.channel_gradients import KeptChannels
@@ -167,7 +168,7 @@ def run_conv(case, rng):
         return "too close"
     args = case.params, case.k
     with threads(case.threads):
-        got = backward.sparse_backward(dy, x, w, *args, score_fn, case.needed)
+        got = backward.sparse_backward(dy, x, w, *args, BackwardRule(score_fn), case.needed)
         fuzz_reference.compare(got, expected, case.needed, x.dtype, "by rule")
         if len(expected.index) == dy.shape[1]:
             return "dense"

@@ -10,6 +10,7 @@ from torch import nn
 import ssprop_patch as ssp
 from ssprop_patch.core.geometry import ConvParams
 from ssprop_patch.core.reference import dense_backward
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores
 from ssprop_patch.ops import algorithms, channel_ops, native
 from ssprop_patch.ops.backward import linear_backward, sparse_backward
@@ -27,7 +28,7 @@ def params(dims, stride=1, padding=0, dilation=1, groups=1):
 
 def compare(dy, x, w, p, k, score_fn=l1_scores):
     """Compare a sparse backward with the dense one of a masked dy; return the kept channels."""
-    got = sparse_backward(dy, x, w, p, k, score_fn, ALL)
+    got = sparse_backward(dy, x, w, p, k, BackwardRule(score_fn), ALL)
     index = select_channels(dy, k, p.groups, score_fn)
     masked = torch.zeros_like(dy).index_copy_(1, index, dy[:, index])
     for grad, expected in zip(got, dense_backward(masked, x, w, p, ALL), strict=True):
@@ -270,7 +271,7 @@ def test_memory_does_not_grow_with_stride_and_dilation(dims, kernel, p):
     for name in ("direct", "rows"):  # loaded from a file
         kept = KeptChannels(dy, x, w, p, 1, l1_scores)
         grads = algorithms.Algorithms(name, name).run(kept, ALL)
-        expected = sparse_backward(dy, x, w, p, 1, l1_scores, ALL)
+        expected = sparse_backward(dy, x, w, p, 1, BackwardRule(l1_scores), ALL)
         for grad, same in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, same)
 
@@ -400,4 +401,4 @@ def test_a_linear_layer_whose_weight_was_changed_is_an_error():
     dy, x = torch.randn(3, 8), torch.randn(3, 4)
     for shape in ((4, 4), (16, 4), (8, 5), (8, 3)):
         with pytest.raises(RuntimeError):
-            linear_backward(dy, x, torch.randn(shape), 2, l1_scores, ALL)
+            linear_backward(dy, x, torch.randn(shape), 2, BackwardRule(l1_scores), ALL)

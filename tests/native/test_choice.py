@@ -14,6 +14,7 @@ from torch import nn
 import ssprop_patch as ssp
 from ssprop_patch import functional
 from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import resolve_selection
 from ssprop_patch.ops import algorithms, channel_ops, native
 from ssprop_patch.ops.backward import linear_backward
@@ -163,7 +164,7 @@ def test_a_linear_layer_and_the_functional_form():
     scores = torch.tensor([0.0, 1.0, 0.0, 1.0])
     dy, x, w = torch.randn(5, 4), torch.randn(5, 3), torch.randn(4, 3)
     dy[:, [0, 2]] = INF
-    grads = linear_backward(dy, x, w, 2, lambda dy: scores, (True, True, True))
+    grads = linear_backward(dy, x, w, 2, BackwardRule(lambda dy: scores), (True, True, True))
     assert all(grad.isfinite().all() for grad in grads)
     torch.testing.assert_close(grads[0], dy[:, [1, 3]] @ w[[1, 3]])
     x = torch.randn(2, 3, 5, 5, requires_grad=True)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssprop_patch import functional
 from ssprop_patch.core.geometry import ConvParams
 from ssprop_patch.core.reference import dense_backward
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores, l2_scores, random_scores
 from ssprop_patch.ops.backward import sparse_backward
 
@@ -120,7 +121,7 @@ def test_what_runs_on_a_gpu_waits_for_nothing(dtype, groups, layout, scores):
     params = ConvParams((1, 1), (0, 0), (1, 1), groups)
     with FakeTensorMode():
         x, w, b, dy = (t.detach().to("cuda:0", dtype) for t in _layer(groups, layout))
-        grads = sparse_backward(dy, x, w, params, 2, scores, (True, True, True))
+        grads = sparse_backward(dy, x, w, params, 2, BackwardRule(scores), (True, True, True))
     for like, grad in zip((x, w, b), grads, strict=True):
         assert grad.shape == like.shape and grad.dtype == dtype and grad.device == x.device
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from ssprop_patch import functional
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores
 from ssprop_patch.ops import custom_ops, native
 from ssprop_patch.schedule import settings
@@ -111,7 +112,10 @@ def test_layers_compute_what_torch_does(kinds, dtype, selection):
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0), (0, 0), (2, 0, 6), (2, 3, 0)])
 @pytest.mark.parametrize("features", [0, 8])
 def test_the_opaque_operator_of_linear_layers(shape, features):
-    tensors = settings.rate_tensor(0.5), settings.token_of(settings.LayerSettings(l1_scores))
+    tensors = (
+        settings.rate_tensor(0.5),
+        settings.token_of(settings.LayerSettings(BackwardRule(l1_scores))),
+    )
     x, w = torch.randn(shape), torch.randn(features, shape[-1])
     dy = torch.randn(*shape[:-1], features)
     dx, dw, db = custom_ops.linear_backward(dy, x, w, *tensors, [True] * 3)

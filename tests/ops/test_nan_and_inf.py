@@ -7,6 +7,7 @@ import torch
 
 from ssprop_patch import functional
 from ssprop_patch.core.geometry import ConvParams
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores, random_scores
 from ssprop_patch.ops.backward import sparse_backward
 
@@ -25,7 +26,7 @@ def test_a_gradient_of_another_dtype_is_torchs_error(groups, layout, scores):
     x, w, _, dy = (t.detach() for t in _layer(groups, layout))
     params = ConvParams((1, 1), (0, 0), (1, 1), groups)
     with pytest.raises(RuntimeError, match=r"float|Double"):
-        sparse_backward(dy.double(), x, w, params, 2, scores, (True, True, False))
+        sparse_backward(dy.double(), x, w, params, 2, BackwardRule(scores), (True, True, False))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

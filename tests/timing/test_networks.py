@@ -67,7 +67,7 @@ def test_each_choice_is_converted_with_all_settings(monkeypatch):
     for policy in policies:
         own = model.conv2._ssprop_policy
         assert (policy.override, policy.align) == (own.override, own.align) == (0.25, 2)
-        assert policy.score_fn is own.score_fn
+        assert policy.rule.score_fn is own.rule.score_fn
     assert len(policies) == 2 * (1 + 3)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import resolve_selection
 from ssprop_patch.ops import custom_ops
 from ssprop_patch.schedule import settings
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 def half():
     """What tells the operator to keep every other channel: rate and token."""
-    layer = settings.LayerSettings(resolve_selection("l1"))
+    layer = settings.LayerSettings(BackwardRule(resolve_selection("l1")))
     return settings.rate_tensor(0.5), settings.token_of(layer)
 
 

@@ -48,7 +48,7 @@ _DONE = "ssprop_patch"
 Node = Any  # of torch.autograd.graph
 
 
-def prepare_before(node: Node, x: Tensor, score_fn_of: Callable[[Node], ScoreFn]) -> None:
+def prepare_before(node: Node, x: Tensor, score_fn_of: Callable[[Node], ScoreFn | None]) -> None:
     """Make the gradients before a sparse convolution lazy, where its backward is about to run.
 
     Args:
@@ -62,13 +62,13 @@ def prepare_before(node: Node, x: Tensor, score_fn_of: Callable[[Node], ScoreFn]
         prepare(node.next_functions[0][0], type(node), score_fn_of)
 
 
-def prepare(start: Node, convolution: type, score_fn_of: Callable[[Node], ScoreFn]) -> None:
+def prepare(start: Node, convolution: type, score_fn_of: Callable[[Node], ScoreFn | None]) -> None:
     """Make the gradients lazy that nodes from ``start`` on pass to nodes of class ``convolution``.
 
     Args:
         start: A node that has not run yet; None does nothing.
         convolution: The class of the nodes of sparse convolutions.
-        score_fn_of: Returns what scores the channels of such a node.
+        score_fn_of: Returns what scores the channels of such a node; None if it needs all of dy.
     """
     if not CAN_BE_LAZY:
         return
@@ -87,7 +87,8 @@ def prepare(start: Node, convolution: type, score_fn_of: Callable[[Node], ScoreF
                 node.register_prehook(_BeforeReLU(norm))
         elif name in _NORMS and _is_paired(node, convolution):
             conv = following[0][0]
-            order = lazy_order(score_fn_of(conv))
+            score_fn = score_fn_of(conv)
+            order = None if score_fn is None else lazy_order(score_fn)
             if order is not None:
                 node.register_prehook(_BeforeNorm(conv, order))
             continue

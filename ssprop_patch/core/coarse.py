@@ -1,0 +1,236 @@
+"""The coarse remainder: what a selection leaves of ``dy`` goes back at a lower resolution.
+
+A convolution has a *coarse twin*. It takes the mean of the input over tiles, applies the kernel
+summed over its taps, and repeats each result over a block of ``block`` output positions in every
+dimension. Its gradient costs ``1 / (block ** dims * taps)`` of the convolution's own, as it is that
+of a 1x1 convolution of small maps; all taps of dW get the same.
+
+A tile is ``block * stride`` input positions long and lies in the middle of what its block's outputs
+read. Tiles that reach over an edge are clipped. A transposed convolution's twin is the adjoint of
+the ordinary one's: blocks of the input, tiles of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._validate import check_count
+from .geometry import ConvParams
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """``remainder="coarse"`` with another resolution.
+
+    Args:
+        block_size: Output positions of a block in each dimension; fewer where the map is smaller.
+
+    Raises:
+        TypeError, ValueError: If it is not a whole number of at least 2.
+    """
+
+    block_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(self.block_size, "block_size", 2)
+
+
+def count_blocks(length: Sequence[int], block: int) -> tuple[int, ...]:
+    """Return how many blocks a map has in each dimension."""
+    return tuple(-(-n // min(block, n)) if n else 0 for n in length)
+
+
+class Cells(NamedTuple):
+    """A division of a map into cells, for each dimension.
+
+    Attributes:
+        length: Positions of the map.
+        start: Where the first cell begins; may lie outside.
+        size: Positions of a cell.
+        number: Cells.
+    """
+
+    length: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    number: tuple[int, ...]
+
+    def sums(self, t: Tensor) -> Tensor:
+        """Return the sum over each cell's positions inside the map, (N, C, *count).
+
+        Args:
+            t: (N, C, *length).
+        """
+        # A last cell that is cut short needs no zeros, as the pooling cuts it short as well.
+        if not all(
+            start == 0 and size <= length and -size < length - size * count <= 0
+            for length, start, size, count in zip(*self, strict=True)
+        ):
+            pads = [
+                n
+                for start, reach, length in zip(self.start, self._reach(), self.length, strict=True)
+                for n in (start + reach - length, -start)
+            ]
+            t = F.pad(t, pads[::-1])
+        return _pool(t, self.size)
+
+    def spread(self, t: Tensor) -> Tensor:
+        """Return each cell's value at all of its positions inside the map, zero elsewhere.
+
+        Args:
+            t: (N, C, *count).
+        """
+        view, shape = t, [*t.shape[:2]]
+        for d, (size, count) in enumerate(zip(self.size, self.number, strict=True)):
+            view = view.unsqueeze(3 + 2 * d)
+            shape += [count, size]
+        whole = view.expand(shape).reshape(*shape[:2], *self._reach())
+        pads = [
+            n
+            for start, reach, length in zip(self.start, self._reach(), self.length, strict=True)
+            for n in (length - start - reach, start)
+        ]
+        return F.pad(whole, pads[::-1]) if any(pads) else whole
+
+    def add_spread(self, to: Tensor, t: Tensor) -> Tensor:
+        """Return ``to + spread(t)``; in place, where nothing of ``to`` is recorded."""
+        if torch.is_grad_enabled():
+            return to + self.spread(t)
+        if any(self.start) or self._reach() != self.length:
+            return to.add_(self.spread(t))
+        cells, values = to, t
+        for d, size in enumerate(self.size):
+            cells = cells.unflatten(2 + 2 * d, (-1, size))
+            values = values.unsqueeze(3 + 2 * d)
+        cells.add_(values)
+        return to
+
+    def inside(self, like: Tensor) -> Tensor:
+        """Return how many positions of each cell lie inside the map, (*count), at least 1."""
+        counts = torch.ones((), dtype=like.dtype, device=like.device)
+        for length, start, size, count in zip(*self, strict=True):
+            here = [
+                max(1, min(length, start + (i + 1) * size) - max(0, start + i * size))
+                for i in range(count)
+            ]
+            counts = counts.unsqueeze(-1) * torch.tensor(here, dtype=like.dtype, device=like.device)
+        return counts
+
+    def are_whole(self) -> bool:
+        """Whether all cells lie inside the map."""
+        ends = zip(self.length, self.start, self._reach(), strict=True)
+        return min(self.start) >= 0 and all(start + reach <= n for n, start, reach in ends)
+
+    def _reach(self) -> tuple[int, ...]:
+        return tuple(size * count for size, count in zip(self.size, self.number, strict=True))
+
+
+def _pool(t: Tensor, size: tuple[int, ...]) -> Tensor:
+    # The divisor makes means sums, also of the last windows, of which less lies inside.
+    if len(size) == 3:
+        return F.avg_pool3d(t, size, size, ceil_mode=True, divisor_override=1)
+    if len(size) == 2:
+        return F.avg_pool2d(t, size, size, ceil_mode=True, divisor_override=1)
+    flat = F.avg_pool2d(t.unsqueeze(2), (1, *size), (1, *size), ceil_mode=True, divisor_override=1)
+    return flat.squeeze(2)
+
+
+class CoarseTwin:
+    """The coarse twin of a convolution, for inputs of one size.
+
+    Args:
+        x_size: Positions of the input in each dimension.
+        y_size: Positions of the output.
+        kernel: Taps in each dimension.
+        params: Geometry.
+        block: Output positions of a block in each dimension (input positions, if transposed).
+    """
+
+    def __init__(
+        self,
+        x_size: tuple[int, ...],
+        y_size: tuple[int, ...],
+        kernel: tuple[int, ...],
+        params: ConvParams,
+        block: int,
+    ) -> None:
+        self.transposed = params.transposed
+        fine, large = (x_size, y_size) if params.transposed else (y_size, x_size)
+        dims = range(len(kernel))
+        size = tuple(min(block, n) for n in fine)
+        count = count_blocks(fine, block)
+        tile = tuple(size[d] * params.stride[d] for d in dims)
+        # Half of what an output reads and the stride does not cover, rounded up.
+        middle = [params.dilation[d] * (kernel[d] - 1) + 2 - params.stride[d] for d in dims]
+        start = tuple(middle[d] // 2 - params.padding[d] for d in dims)
+        blocks = Cells(fine, (0,) * len(size), size, count)
+        tiles = Cells(large, start, tile, count)
+        self.of_x, self.of_y = (blocks, tiles) if params.transposed else (tiles, blocks)
+        self._tiles, self._dims, self._groups = tiles, len(kernel), params.groups
+
+    def pool_output(self, dy: Tensor) -> Tensor:
+        """Return ``dy`` as :meth:`backward` takes it; linear in it.
+
+        Args:
+            dy: (N, C_out, *out), or as many channels as one likes.
+
+        Returns:
+            (N, C_out, *blocks): sums over blocks; means over tiles, if transposed.
+        """
+        return self._means(dy) if self.transposed else self.of_y.sums(dy)
+
+    def _pool_input(self, x: Tensor) -> Tensor:
+        return self.of_x.sums(x) if self.transposed else self._means(x)
+
+    def _means(self, t: Tensor) -> Tensor:
+        return self._over_inside(self._tiles.sums(t))
+
+    def _over_inside(self, sums: Tensor) -> Tensor:
+        if self._tiles.are_whole():
+            return sums / prod(self._tiles.size)
+        return sums / self._tiles.inside(sums)
+
+    def backward(
+        self, e: Tensor, x: Tensor, w: Tensor, needs_x: bool, needs_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the twin's gradients, each None if not needed.
+
+        Args:
+            e: A pooled gradient of the output, see :meth:`pool_output`.
+            x: Input, (N, C_in, *in).
+            w: Weight of the convolution.
+
+        Returns:
+            That of the input, (N, C_in, *blocks), for ``of_x.spread``; and that of each tap of the
+            weight, of the shape of ``w`` with one tap.
+        """
+        ones, zeros = [1] * self._dims, [0] * self._dims
+        taps = list(range(2, w.dim()))
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            e,
+            self._pool_input(x),
+            w.sum(taps, keepdim=True),
+            None,
+            ones,
+            zeros,
+            ones,
+            self.transposed,
+            zeros,
+            self._groups,
+            (needs_x, needs_w, False),
+        )
+        if needs_x and not self.transposed:
+            dx = self._over_inside(dx)
+        return dx if needs_x else None, dw if needs_w else None
+
+
+def coarse_twin(x: Tensor, dy: Tensor, w: Tensor, params: ConvParams, block: int) -> CoarseTwin:
+    """Return the twin of the convolution of ``x`` by ``w`` whose output's gradient is ``dy``."""
+    return CoarseTwin(tuple(x.shape[2:]), tuple(dy.shape[2:]), tuple(w.shape[2:]), params, block)

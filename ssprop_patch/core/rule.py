@@ -1,0 +1,202 @@
+"""What of a gradient goes back: channels or directions, with or without the coarse remainder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, NamedTuple
+
+from .coarse import Coarse, count_blocks
+from .geometry import convolution_shape
+from .principal import Principal, Side, Subspace, cheaper_side, projected_share
+from .selection import ScoreFn, l1_scores, resolve_selection, selectable_channels
+from .selection import Selection as ChannelSelection
+
+# What would cost more than this share of the dense gradient is not done.
+_PAYS = 0.95
+
+
+class BackwardRule(NamedTuple):
+    """What of one layer's gradient goes back.
+
+    Attributes:
+        score_fn: Scores the channels. Under ``subspace`` it is that of layers in which a projection
+            would cost more than it saves.
+        block: Output positions in each dimension that the coarse remainder takes together; 0: what
+            is not selected is dropped.
+        subspace: The layer's directions; None: channels are kept.
+    """
+
+    score_fn: ScoreFn = l1_scores
+    block: int = 0
+    subspace: Subspace | None = None
+
+    @property
+    def is_top_k(self) -> bool:
+        """Whether the kept channels are all that goes back: the paper's rule."""
+        return not self.block and self.subspace is None
+
+    def for_another_layer(self) -> BackwardRule:
+        """Return the same rule with a state of its own."""
+        if self.subspace is None:
+            return self
+        return self._replace(subspace=Subspace(self.subspace.settings))
+
+
+class Extent(NamedTuple):
+    """The sizes of one call of a layer that costs depend on.
+
+    Attributes:
+        channels: Output channels.
+        inputs: Input channels of one group.
+        taps: Of the kernel.
+        groups: Groups.
+        x_positions: Samples times positions of the input.
+        y_positions: Samples times positions of the output.
+        blocks: Samples times blocks of the coarse twin; 0 without one.
+        transposed: Whether it is a transposed convolution.
+    """
+
+    channels: int
+    inputs: int
+    taps: int
+    groups: int
+    x_positions: int
+    y_positions: int
+    blocks: int = 0
+    transposed: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        x: Sequence[int],
+        w: Sequence[int],
+        y: Sequence[int],
+        groups: int,
+        transposed: bool = False,
+        block: int = 0,
+    ) -> Extent:
+        """Return the sizes of a call from its shapes.
+
+        Args:
+            x: Input, (N, C_in, *in) or (C_in, *in); of a linear layer (*, in_features).
+            w: Weight.
+            y: Output, as ``x``.
+            groups: Groups.
+            transposed: Whether it is a transposed convolution.
+            block: As of :class:`BackwardRule`.
+        """
+        if len(w) == 2:
+            x, y = convolution_shape(x), convolution_shape(y)
+        elif len(x) < len(w):  # without a batch
+            x, y = (1, *x), (1, *y)
+        blocks = y[0] * prod(count_blocks((x if transposed else y)[2:], block)) if block else 0
+        return cls(
+            channels=y[1],
+            inputs=x[1] // groups,
+            taps=prod(w[2:]),
+            groups=groups,
+            x_positions=x[0] * prod(x[2:]),
+            y_positions=y[0] * prod(y[2:]),
+            blocks=blocks,
+            transposed=transposed,
+        )
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output channel is a group of its own."""
+        return self.groups == self.channels > 1
+
+    @property
+    def choices(self) -> int:
+        """How many sets of channels there are, in each of which as many are kept."""
+        return self.channels // selectable_channels(self.channels, self.groups)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the forward, which are those of dX, and of dW."""
+        at = self.x_positions if self.transposed else self.y_positions
+        return at * self.channels * self.inputs * self.taps
+
+    @property
+    def reads(self) -> float:
+        """Multiply-adds of one output channel at one position."""
+        return self.macs / (self.y_positions * self.channels or 1)
+
+    @property
+    def coarse_share(self) -> float:
+        """Cost of the coarse twin's gradient as a share of the layer's own."""
+        at = self.x_positions if self.transposed else self.y_positions
+        return self.blocks / (at * self.taps or 1)
+
+
+Selection = ChannelSelection | Literal["principal"] | Principal | Subspace
+Remainder = Literal["coarse"] | Coarse | None
+
+#: Channels kept; directions of dy; directions of dX and the weight gradient; all of the gradient.
+Selected = Literal["all", "channels", "output", "input"]
+
+
+class BackwardKind(NamedTuple):
+    """How much of a gradient one call computes.
+
+    Attributes:
+        selected: What goes back as it is.
+        block: Positions of a block in which the rest goes back coarsely; 0: it is dropped.
+        refreshed: Whether the directions were refreshed.
+    """
+
+    selected: Selected = "channels"
+    block: int = 0
+    refreshed: bool = False
+
+
+#: The paper's: kept channels, and nothing else.
+TOP_K = BackwardKind()
+
+
+def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
+    """Return what a call computes that keeps ``k`` channels, or directions, of each choice."""
+    rest = extent.coarse_share if rule.block else 0.0
+    if rest >= 1:  # it would be the exact gradient at the price of the exact gradient
+        return BackwardKind("all")
+    group = extent.channels // extent.groups
+    if rule.subspace is not None and not extent.is_depthwise:
+        side: Side = cheaper_side(group, extent.reads, extent.transposed)
+        if projected_share(group, extent.reads, side, k / group) + rest < _PAYS:
+            return BackwardKind(side, rule.block)
+    kept = k * extent.choices / extent.channels
+    if rule.block and kept + (1 - kept) * rest >= _PAYS:
+        return BackwardKind("all")
+    return BackwardKind("channels", rule.block)
+
+
+def ranks(k: int, channels: int, *sizes: int) -> tuple[int, ...]:
+    """Return how many directions of spaces of other sizes are as large a share as k of channels."""
+    return tuple(max(1, int(size * k / channels + 0.5)) for size in sizes)
+
+
+def resolve_rule(selection: Selection = "l1", remainder: Remainder = None) -> BackwardRule:
+    """Return the rule that the arguments ``selection`` and ``remainder`` mean.
+
+    Raises:
+        ValueError: If one of them is a name that does not exist.
+        TypeError: If it is of another type.
+    """
+    block = 0
+    if isinstance(remainder, Coarse):
+        block = remainder.block_size
+    elif remainder == "coarse":
+        block = Coarse().block_size
+    elif isinstance(remainder, str):
+        raise ValueError(f"remainder must be None, 'coarse' or a Coarse, got {remainder!r}")
+    elif remainder is not None:
+        kind = type(remainder).__name__
+        raise TypeError(f"remainder must be None, 'coarse' or a Coarse, got {kind}")
+    if isinstance(selection, Subspace):
+        return BackwardRule(l1_scores, block, selection)
+    if isinstance(selection, Principal):
+        return BackwardRule(l1_scores, block, Subspace(selection))
+    if selection == "principal":
+        return BackwardRule(l1_scores, block, Subspace())
+    return BackwardRule(resolve_selection(selection), block)

@@ -1,0 +1,192 @@
+"""The backward of a layer of which more goes back than some channels: directions, and the rest.
+
+What is computed is :func:`ssprop_patch.core.reference.whole_backward`. Here nothing of the size of
+``dy`` is formed on the way: what a selection leaves is only needed pooled, and pooling is linear.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from torch import Tensor
+
+from ..core.coarse import CoarseTwin, coarse_twin
+from ..core.geometry import ConvParams, convolution_shape
+from ..core.operations import Grads, OutputMask
+from ..core.reference import dense_backward
+from ..core.rule import BackwardKind, BackwardRule, Extent, kind_of
+from ..schedule.call_observer import CallObserver
+from . import autotune
+from .channel_gradients import KeptChannels
+from .projection import (
+    DxDw,
+    Needs,
+    along_input,
+    along_output,
+    input_bases,
+    mix,
+    output_basis,
+    refresh_input_bases,
+)
+
+
+def whole_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    p: ConvParams,
+    k: int,
+    rule: BackwardRule,
+    output_mask: OutputMask,
+    observer: CallObserver | None = None,
+) -> Grads:
+    """Return (dX, dW, db); None where ``output_mask`` is False. db is that of the whole dy.
+
+    Args:
+        dy: Gradient of the output, (N, C_out, *out).
+        x: Input, (N, C_in, *in).
+        w: Weight, (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if transposed.
+        p: Geometry.
+        k: Channels, or directions, of each choice.
+        rule: What of the gradient goes back.
+        output_mask: Which of dX, dW, db are needed.
+        observer: Gets a report of what ran.
+    """
+    needs = output_mask[:2]
+    extent = Extent.of(x.shape, w.shape, dy.shape, p.groups, p.transposed, rule.block)
+    kind = kind_of(rule, extent, k)
+    if kind.selected == "all" or not any(needs) or not dy.numel():
+        if observer is not None:
+            observer.backward(x, w, dy, k, output_mask, BackwardKind("all"))
+        return dense_backward(dy, x, w, p, output_mask)
+    if kind.selected == "channels":
+        if observer is not None:
+            observer.backward(x, w, dy, k, output_mask, kind)
+        pair = _along_channels(dy, x, w, p, k, rule, kind, needs, observer)
+    else:
+        along = _along_output if kind.selected == "output" else _along_input
+        pair, used, kind = along(dy, x, w, p, k, rule, kind, needs)
+        if observer is not None:
+            observer.backward(x, w, dy, used, output_mask, kind)
+    db = dy.sum([0, *range(2, dy.dim())]) if output_mask[2] else None
+    return *pair, db
+
+
+def whole_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    k: int,
+    rule: BackwardRule,
+    output_mask: OutputMask,
+    observer: CallObserver | None = None,
+) -> Grads:
+    """Return (dX, dW, db) of ``F.linear``: a 1x1 convolution in channels_last.
+
+    Args:
+        dy: Gradient of the output, (*, out_features).
+        x: Input, (*, in_features).
+        w: Weight, (out_features, in_features).
+        k, rule, output_mask, observer: As for :func:`whole_backward`.
+    """
+    dims = len(convolution_shape(x.shape)) - 2
+    ones, zeros = (1,) * dims, (0,) * dims
+    dx, dw, db = whole_backward(
+        _as_map(dy),
+        _as_map(x),
+        w.view(*w.shape, *ones),
+        ConvParams(ones, zeros, ones, 1),
+        k,
+        rule,
+        output_mask,
+        observer,
+    )
+    dx = None if dx is None else dx.movedim(1, -1).reshape(x.shape)
+    return dx, None if dw is None else dw.reshape(w.shape), db
+
+
+def _as_map(t: Tensor) -> Tensor:
+    samples, channels, *positions = convolution_shape(t.shape)
+    return t.reshape(samples, *positions, channels).movedim(-1, 1)
+
+
+def _along_channels(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    p: ConvParams,
+    k: int,
+    rule: BackwardRule,
+    kind: BackwardKind,
+    needs: Needs,
+    observer: CallObserver | None,
+) -> DxDw:
+    kept = KeptChannels(dy, x, w, p, k, rule.score_fn)
+    algorithms = autotune.choose(kept, *needs)
+    dx, dw, _ = algorithms.run(kept, (*needs, False))
+    if observer is not None:
+        observer.selected(kept.index)
+        observer.computed(str(algorithms))
+    if not kind.block:
+        return dx, dw
+    twin = coarse_twin(x, dy, w, p, rule.block)
+    rest = twin.pool_output(dy).index_fill(1, kept.index, 0)
+    return _add(twin, (dx, dw), twin.backward(rest, x, w, *needs))
+
+
+def _along_output(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    p: ConvParams,
+    k: int,
+    rule: BackwardRule,
+    kind: BackwardKind,
+    needs: Needs,
+) -> tuple[DxDw, int, BackwardKind]:
+    assert rule.subspace is not None
+    u, refreshed = output_basis(dy, p.groups, k, rule)
+    z = mix(dy, u)
+    pair: DxDw = along_output(z, x, w, p, u, needs)
+    if kind.block:
+        twin = coarse_twin(x, dy, w, p, rule.block)
+        rest = twin.pool_output(dy) - mix(twin.pool_output(z), u.mT)
+        pair = _add(twin, pair, twin.backward(rest, x, w, *needs))
+    return pair, u.shape[2], kind._replace(refreshed=refreshed)
+
+
+def _along_input(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    p: ConvParams,
+    k: int,
+    rule: BackwardRule,
+    kind: BackwardKind,
+    needs: Needs,
+) -> tuple[DxDw, int, BackwardKind]:
+    bases = input_bases(w, p.groups, k, rule, needs, dy.device)
+    if bases is None:  # a refresh takes the dense gradient, which is then there to be used
+        dx, dw, _ = dense_backward(dy, x, w, p, (*needs, False))
+        refresh_input_bases(dx, dw, w, p.groups, k, rule)
+        return (dx, dw), k, kind._replace(refreshed=True)
+    pair: DxDw = along_input(dy, x, w, p, bases)
+    if kind.block:
+        twin = coarse_twin(x, dy, w, p, rule.block)
+        dx, dw = twin.backward(twin.pool_output(dy), x, w, *needs)
+        if dx is not None and bases.v is not None:
+            dx = dx - mix(mix(dx, bases.v), bases.v.mT)
+        if dw is not None and bases.t is not None:
+            rows = dw.expand_as(w).reshape(p.groups, w.shape[0] // p.groups, -1)
+            t = bases.t.to(w.dtype)
+            dw = (rows - rows @ t @ t.mT).reshape(w.shape)
+        pair = _add(twin, pair, (dx, dw))
+    return pair, ceil(bases.share() * (w.shape[0] // p.groups)), kind
+
+
+def _add(twin: CoarseTwin, pair: DxDw, coarse: DxDw) -> DxDw:
+    dx, dw = pair
+    if dx is not None:
+        assert coarse[0] is not None
+        dx = twin.of_x.add_spread(dx, coarse[0])
+    return dx, None if dw is None else dw + coarse[1]

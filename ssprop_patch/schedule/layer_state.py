@@ -1,0 +1,102 @@
+"""What layers remember from step to step, as a part of their controller's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.principal import Subspace
+from .step_counter import StepCounter
+
+
+def subspaces(counter: StepCounter) -> dict[str, tuple[nn.Module, Subspace]]:
+    """Return the layers that have one, by their names in the models that were converted.
+
+    Where several models share a controller, the number of the model comes before the name; what is
+    in none of them any more has the number of the layer.
+    """
+    found = {m: s for m in counter.layers if (s := _subspace_of(m)) is not None}
+    names: dict[nn.Module, str] = {}
+    roots = counter.roots
+    for number, root in enumerate(roots):
+        prefix = f"{number}:" if len(roots) > 1 else ""
+        for name, module in root.named_modules():
+            if module in found:
+                names.setdefault(module, prefix + (name or "(model)"))
+    for number, module in enumerate(found):
+        names.setdefault(module, f"layer {number}")
+    return {names[m]: (m, subspace) for m, subspace in found.items()}
+
+
+def _subspace_of(module: nn.Module) -> Subspace | None:
+    policy = vars(module).get("_ssprop_policy")
+    return None if policy is None else policy.rule.subspace
+
+
+def layers_state(counter: StepCounter) -> dict[str, Any]:
+    """Return the state of each layer that has any."""
+    return {name: subspace.state_dict() for name, (_, subspace) in subspaces(counter).items()}
+
+
+def check_layers_state(counter: StepCounter, state: Any) -> None:
+    """Raise an error if ``state`` does not belong to these layers.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of the layers must be a dict, got {type(state).__name__}")
+    layers = subspaces(counter)
+    if set(state) != set(layers):
+        odd = sorted(set(state) ^ set(layers))
+        where = "this model" if odd[0] in layers else "the state"
+        raise ValueError(
+            f"the state has the directions of {len(state)} layers, this model keeps those of "
+            f"{len(layers)}: {odd[0]!r} is in {where} only. Convert with the selection, and the "
+            "layers, that it was saved with."
+        )
+    for name, (module, _) in layers.items():
+        _check_layer(name, module, state[name])
+
+
+def load_layers_state(counter: StepCounter, state: Mapping[str, Any]) -> None:
+    """Let all layers go on where ``state`` was taken, which was checked."""
+    for name, (_, subspace) in subspaces(counter).items():
+        subspace.load_state_dict(state[name])
+
+
+def _check_layer(name: str, module: Any, state: Any) -> None:
+    try:
+        passes, bases = int(state["passes"]), state["bases"]
+        given = {key: tuple(basis["covariance"].shape) for key, basis in bases.items()}
+        vectors = {key: tuple(basis["vectors"].shape) for key, basis in bases.items()}
+        asked = [int(basis["asked"]) for basis in bases.values()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: not the state of a layer's directions: {error!r}") from error
+    sizes = _sizes(module)
+    fits = all(
+        key in sizes
+        and given[key] == (groups, sizes[key], sizes[key])
+        and vectors[key][:2] == (groups, sizes[key])
+        and vectors[key][2] <= sizes[key]
+        for groups in [getattr(module, "groups", 1)]
+        for key in bases
+    )
+    tensors = [t for basis in bases.values() for t in (basis["covariance"], basis["vectors"])]
+    if passes < 0 or min(asked, default=1) < 1 or not all(isinstance(t, Tensor) for t in tensors):
+        raise ValueError(f"{name}: not the state of a layer's directions")
+    if not fits:
+        raise ValueError(
+            f"{name}: the state is of another layer: its covariances have the shapes {given}, "
+            f"the weight has {tuple(module.weight.shape)}"
+        )
+
+
+def _sizes(module: Any) -> dict[str, int]:
+    """Return the lengths of the vectors that a layer's directions are of."""
+    weight, groups = module.weight, getattr(module, "groups", 1)
+    if getattr(module, "transposed", False):
+        return {"dy": weight.shape[1]}
+    return {"dy": weight.shape[0] // groups, "dx": weight.shape[1], "dw": weight[0].numel()}
