@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import torch
 from torch import Tensor
 
 from ..core.coarse import CoarseTwin, coarse_twin
@@ -189,4 +190,7 @@ def _add(twin: CoarseTwin, pair: DxDw, coarse: DxDw) -> DxDw:
     if dx is not None:
         assert coarse[0] is not None
         dx = twin.of_x.add_spread(dx, coarse[0])
-    return dx, None if dw is None else dw + coarse[1]
+    if dw is not None:
+        assert coarse[1] is not None
+        dw = dw + coarse[1] if torch.is_grad_enabled() else dw.add_(coarse[1])
+    return dx, dw
