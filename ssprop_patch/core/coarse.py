@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from .._validate import check_count
 from .geometry import ConvParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,8 @@ class CoarseTwin:
         block: Output positions of a block in each dimension (input positions, if transposed).
     """
 
+    cells = Cells
+
     def __init__(
         self,
         x_size: tuple[int, ...],
@@ -177,10 +182,15 @@ class CoarseTwin:
         # Half of what an output reads and the stride does not cover, rounded up.
         middle = [params.dilation[d] * (kernel[d] - 1) + 2 - params.stride[d] for d in dims]
         start = tuple(middle[d] // 2 - params.padding[d] for d in dims)
-        blocks = Cells(fine, (0,) * len(size), size, count)
-        tiles = Cells(large, start, tile, count)
+        blocks = self.cells(fine, (0,) * len(size), size, count)
+        tiles = self.cells(large, start, tile, count)
         self.of_x, self.of_y = (blocks, tiles) if params.transposed else (tiles, blocks)
         self._tiles, self._dims, self._groups = tiles, len(kernel), params.groups
+
+    @classmethod
+    def of(cls, dy: Tensor, x: Tensor, w: Tensor, params: ConvParams, block: int) -> Self:
+        """Return the twin of the convolution of ``x`` by ``w`` whose output's gradient is dy."""
+        return cls(tuple(x.shape[2:]), tuple(dy.shape[2:]), tuple(w.shape[2:]), params, block)
 
     def pool_output(self, dy: Tensor) -> Tensor:
         """Return ``dy`` as :meth:`backward` takes it; linear in it.
@@ -258,8 +268,3 @@ def _sum_of_taps(w: Tensor) -> Tensor:
 def _channel_rows(t: Tensor) -> Tensor:
     """Return (N, C, *positions) as a matrix of positions by channels."""
     return t.movedim(1, -1).reshape(-1, t.shape[1])
-
-
-def coarse_twin(x: Tensor, dy: Tensor, w: Tensor, params: ConvParams, block: int) -> CoarseTwin:
-    """Return the twin of the convolution of ``x`` by ``w`` whose output's gradient is ``dy``."""
-    return CoarseTwin(tuple(x.shape[2:]), tuple(dy.shape[2:]), tuple(w.shape[2:]), params, block)
