@@ -17,14 +17,30 @@ INLINE Range inside(int64_t cell, int64_t start, int64_t size, int64_t length)
     return (Range){from, max(from, to)};
 }
 
-/* Adds `size` numbers of each of the rows to `sums`. */
+/* The usual size of a cell, of which the loops below are unrolled. */
+#define USUAL 4
+
+/* Sums `size` numbers over the rows. */
 INLINE void add_rows(const T *restrict row, Range rows, int64_t step, int64_t size, T *restrict sums)
 {
+    if (rows.to - rows.from == USUAL) {
+        row += rows.from * step;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++)
+            sums[j] = (row[j] + row[step + j]) + (row[2 * step + j] + row[3 * step + j]);
+        return;
+    }
     memset(sums, 0, size * sizeof(T));
     for (int64_t r = rows.from; r < rows.to; r++)
 #pragma omp simd
         for (int64_t j = 0; j < size; j++)
             sums[j] += row[r * step + j];
+}
+
+/* Returns how many cells of the usual size lie at the beginning of a row. */
+INLINE int64_t usual_cells(const CellShape *s)
+{
+    return s->start[1] == 0 && s->size[1] == USUAL ? min(s->number[1], s->length[1] / USUAL) : 0;
 }
 
 /* `work` holds w * c numbers. */
@@ -33,7 +49,11 @@ static void sum_a_row_of_cells(
 {
     int64_t c = s->c;
     add_rows(map, rows, s->length[1] * c, s->length[1] * c, work);
-    for (int64_t b = 0; b < s->number[1]; b++, out += c) {
+    int64_t whole = c == 1 ? usual_cells(s) : 0;
+    for (int64_t b = 0; b < whole; b++, out++, work += USUAL)
+        *out = (work[0] + work[1]) + (work[2] + work[3]);
+    work -= whole * USUAL;
+    for (int64_t b = whole; b < s->number[1]; b++, out += c) {
         Range columns = inside(b, s->start[1], s->size[1], s->length[1]);
         if (c > 1) {
             add_rows(work, columns, c, c, out);
@@ -50,8 +70,13 @@ static void add_a_row_of_cells(
     const T *restrict values, Range rows, const CellShape *s, T *map, T *restrict work)
 {
     int64_t c = s->c, size = s->length[1] * c;
-    memset(work, 0, size * sizeof(T));
-    for (int64_t b = 0; b < s->number[1]; b++, values += c) {
+    int64_t whole = c == 1 ? usual_cells(s) : 0;
+    for (int64_t b = 0; b < whole; b++)
+        for (int64_t j = 0; j < USUAL; j++)
+            work[b * USUAL + j] = values[b];
+    values += whole;
+    memset(work + whole * USUAL, 0, (size - whole * USUAL) * sizeof(T));
+    for (int64_t b = whole; b < s->number[1]; b++, values += c) {
         Range columns = inside(b, s->start[1], s->size[1], s->length[1]);
         for (int64_t j = columns.from; j < columns.to; j++)
             for (int64_t i = 0; i < c; i++)
