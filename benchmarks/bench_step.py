@@ -11,7 +11,8 @@ the converted one at rate 0 (what conversion itself costs), ``plan`` the one wit
 converted that a measured plan chooses (--measured-plan; of a compiled network it is measured
 compiled). With several of --selection or --remainder there is a side for each pair of them in place
 of these, such as ``principal+coarse``. They take turns, in random order within each iteration, so
-that neither a drift of the machine nor what ran before favours one. A step is zero_grad, forward, loss, backward, SGD.
+that neither a drift of the machine nor what ran before favours one. A step is zero_grad, forward,
+loss, backward, SGD.
 """
 
 from __future__ import annotations
