@@ -18,6 +18,7 @@ the products, so that they shrink.
 
 from __future__ import annotations
 
+import numbers
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,6 +61,9 @@ class Principal:
 
     def __post_init__(self) -> None:
         check_count(self.refresh_interval, "refresh_interval", 1)
+        for name, value in (("momentum", self.momentum), ("energy", self.energy or 1.0)):
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
         if self.energy is not None and not 0 < self.energy <= 1:

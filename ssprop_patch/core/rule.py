@@ -158,7 +158,8 @@ TOP_K = BackwardKind()
 def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
     """Return what a call computes that keeps ``k`` channels, or directions, of each choice."""
     rest = extent.coarse_share if rule.block else 0.0
-    if rest >= 1:  # it would be the exact gradient at the price of the exact gradient
+    # Nothing to compute; or the rest would be the exact gradient at its price.
+    if not extent.macs or rest >= 1:
         return BackwardKind("all")
     group = extent.channels // extent.groups
     if rule.subspace is not None and not extent.is_depthwise:

@@ -155,8 +155,9 @@ def resolve_selection(selection: Selection) -> ScoreFn:
     if callable(selection):
         return selection
     raise TypeError(
-        f"selection must be a name ({', '.join(sorted(_BY_NAME))}) or a callable that takes the "
-        f"output gradient and returns one score per channel, got {type(selection).__name__}"
+        f"selection must be a name ({', '.join(sorted([*_BY_NAME, 'principal']))}), a Principal or "
+        "a callable that takes the output gradient and returns one score per channel, got "
+        f"{type(selection).__name__}"
     )
 
 
