@@ -1,9 +1,11 @@
 """What all tests share: one thread, one seed, the same examples every time, no downloads."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for pretrained weights fails here
@@ -88,21 +90,48 @@ SLOW = [
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[W",
 ]
 
+# Of products of many parameters a plain pytest runs so many cases that each value of a parameter
+# meets each value of every other one; the other cases are slow.
+PAIRS = [
+    "ops/test_heuristics.py",
+]
+
 
 def pytest_collection_modifyitems(items):
     """Mark what is quick, and what is slow."""
     tests = Path(__file__).parent
     quick = [tests / name for name in QUICK]
-    files = [tests / name.partition("::")[0] for name in SLOW]
+    files = [tests / name.partition("::")[0] for name in (*SLOW, *PAIRS)]
     missing = [str(path) for path in (*quick, *files) if not path.exists()]
     if missing:
         raise pytest.UsageError(f"{__file__} names what is not there: {missing}")
+    products = defaultdict(list)
     for item in items:
         if any(item.path.is_relative_to(path) for path in quick):
             item.add_marker("quick")
         name = f"{item.path.relative_to(tests).as_posix()}::{item.name}"
         if name.startswith(tuple(SLOW)):
             item.add_marker("slow")
+        elif name.startswith(tuple(PAIRS)) and hasattr(item, "callspec"):
+            products[name.partition("[")[0]].append(item)
+    for product in products.values():
+        for item in superfluous(product):
+            item.add_marker("slow")
+
+
+def superfluous(product):
+    """Return those of a test's cases that are not needed to have every pair of parameters' values.
+
+    Greedily: the next one that is needed is that with the most pairs that no other has yet.
+    """
+    values = [[(name, id(value)) for name, value in i.callspec.params.items()] for i in product]
+    pairs = [set(itertools.combinations(each, 2)) for each in values]
+    missing, left = set().union(*pairs), list(range(len(product)))
+    while missing:
+        best = max(left, key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        left.remove(best)
+    return [product[i] for i in left] if any(pairs) else []
 
 
 @pytest.fixture(autouse=True)
