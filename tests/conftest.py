@@ -81,10 +81,16 @@ SLOW = [
     "benchmarks/test_study_whole.py::test_two_processes",
     "benchmarks/test_zoo_run.py::test_a_killed_run",
     "benchmarks/test_zoo_run.py::test_a_worker_that_dies",
+    "ops/lazy_grad/test_norm_training.py::test_under_compiled_autograd_the_backward_is_one_graph[l1-torch",
+    "ops/lazy_grad/test_norm_training.py::test_under_compiled_autograd_the_backward_is_one_graph[l2-C",
     "patching/test_models.py::test_a_whole_network[nfnet_f0]",
+    "tools/test_compile.py::test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager[Cosine",
+    "tools/test_compile.py::test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager[Linear",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[test_efficientnet]",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[test_nfnet]",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[tf_mobilenetv3",
+    "tools/test_compile_inductor.py::test_inductor_hands_its_own_layout_to_the_backward[False",
+    "tools/test_compile_many.py::test_a_loss_goes_back_after_its_context[inductor",
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[C",
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[F",
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[W",
@@ -93,8 +99,33 @@ SLOW = [
 # Of products of many parameters a plain pytest runs so many cases that each value of a parameter
 # meets each value of every other one; the other cases are slow.
 PAIRS = [
+    "native/test_choice.py",
+    "native/test_border.py",
+    "native/test_native_batch_norm.py",
+    "native/test_native_channel_ops.py",
+    "native/test_native_conv.py",
+    "native/test_native_rows.py",
+    "ops/lazy_grad/test_hooks.py",
+    "ops/test_dtypes.py",
+    "ops/test_gradients.py",
     "ops/test_heuristics.py",
+    "ops/test_higher_derivatives.py",
+    "ops/triton_kernels/test_chosen_channels.py",
+    "ops/triton_kernels/test_sums.py",
+    "patching/test_weights.py",
+    "timing/test_layers.py",
+    "tools/test_compile_operators.py",
+    "training/test_partial_backward.py",
 ]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without what some files import, which takes longer than the tests that are quick."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        tests = Path(__file__).parent
+        if not any(collection_path.is_relative_to(tests / name) for name in QUICK):
+            return True if "mark.quick" not in collection_path.read_text() else None
+    return None
 
 
 def pytest_collection_modifyitems(items):
