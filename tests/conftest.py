@@ -83,7 +83,6 @@ SLOW = [
     "benchmarks/test_zoo_run.py::test_a_worker_that_dies",
     "ops/lazy_grad/test_norm_training.py::test_under_compiled_autograd_the_backward_is_one_graph[l1-torch",
     "ops/lazy_grad/test_norm_training.py::test_under_compiled_autograd_the_backward_is_one_graph[l2-C",
-    "patching/test_models.py::test_a_whole_network[nfnet_f0]",
     "tools/test_compile.py::test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager[Cosine",
     "tools/test_compile.py::test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager[Linear",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[test_efficientnet]",
@@ -118,6 +117,21 @@ PAIRS = [
     "training/test_partial_backward.py",
 ]
 
+# They take longest, most of them in few tests, and are begun first: no process is to be left alone
+# with one of them at the end.
+LONG = [
+    "distributed/test_two_processes.py",
+    "tools/test_compile_many.py",
+    "tools/test_inductor.py",
+    "tools/test_compile_inductor.py",
+    "patching/test_models.py",
+    "benchmarks/test_zoo_networks.py",
+    "benchmarks/test_study_whole.py",
+    "native/test_fuzz.py",
+    "tools/test_training_steps.py",
+    "test_torch_compat.py",
+]
+
 
 def pytest_ignore_collect(collection_path, config):
     """Without what some files import, which takes longer than the tests that are quick."""
@@ -129,17 +143,15 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what is quick, and what is slow."""
+    """Mark what is quick, and what is slow; put what takes long first."""
     tests = Path(__file__).parent
     quick = [tests / name for name in QUICK]
-    files = [tests / name.partition("::")[0] for name in (*SLOW, *PAIRS)]
+    files = [tests / name.partition("::")[0] for name in (*SLOW, *PAIRS, *LONG)]
     missing = [str(path) for path in (*quick, *files) if not path.exists()]
     if missing:
         raise pytest.UsageError(f"{__file__} names what is not there: {missing}")
     products = defaultdict(list)
     for item in items:
-        if any(item.path.is_relative_to(path) for path in quick):
-            item.add_marker("quick")
         name = f"{item.path.relative_to(tests).as_posix()}::{item.name}"
         if name.startswith(tuple(SLOW)):
             item.add_marker("slow")
@@ -148,6 +160,11 @@ def pytest_collection_modifyitems(items):
     for product in products.values():
         for item in superfluous(product):
             item.add_marker("slow")
+    for item in items:
+        if any(map(item.path.is_relative_to, quick)) and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+    first = {tests / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
 
 
 def superfluous(product):
