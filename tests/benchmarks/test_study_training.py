@@ -17,9 +17,10 @@ TINY = {
     "data": "digits",
     "image_size": 8,
     "network": "resnet8_narrow",
-    "epochs": 3,
+    "epochs": 2,
     "batch_size": 32,
     "share": 0.06,
+    "eval_every": 2,
 }  # two steps an epoch
 
 
@@ -55,7 +56,7 @@ def test_what_a_run_is_told_reaches_it(tmp_path):
         row = trained(tmp_path, method="ssprop", **settings)
         assert row["weights"] not in differ, settings
         differ.add(row["weights"])
-    assert base["steps"] == 6 and base["mean_drop_rate"] == pytest.approx(0.8 / 3)
+    assert base["steps"] == 4 and base["mean_drop_rate"] == pytest.approx(0.8 / 2)
 
 
 def test_dense_training_that_stops_earlier(tmp_path):
@@ -92,10 +93,10 @@ def test_evaluated_every_second_epoch_and_at_the_end(tmp_path, monkeypatch):
         return evaluate(model, batches, autocast)
 
     monkeypatch.setattr(training, "evaluate", counted)
-    row = trained(tmp_path, eval_every=2)
+    row = trained(tmp_path, epochs=3, eval_every=2)
     assert len(calls) == 3  # after epochs 2 and 3, and on the training images
     calls.clear()
-    every = trained(tmp_path)
+    every = trained(tmp_path, epochs=3, eval_every=1)
     assert len(calls) == 4
     assert row["weights"] == every["weights"] and row["accuracy"] == every["accuracy"]
 
