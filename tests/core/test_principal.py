@@ -292,10 +292,14 @@ def test_settings_that_are_not_valid(wrong):
 
 def test_costs_of_the_sides():
     # A 3x3 of 64 to 64: U'dy costs C k at each position, the two products 2 n k instead of 2 n C.
-    assert projected_share(64, 576, "output", 0.25) == pytest.approx(0.25 * (1 + 64 / 1152))
+    assert projected_share(64, 576, "output", 0.25, 128) == pytest.approx(
+        0.25 * (1 + 64 / 1152 + 64 / 128)
+    )
     # A 1x1 of 16 to 96: of each product its share, and back from there r n for n C.
-    assert projected_share(96, 16, "input", 0.25) == pytest.approx(0.25 * (1 + 16 / 96))
+    assert projected_share(96, 16, "input", 0.25, 128) == pytest.approx(
+        0.25 * (1 + 16 / 96 + 16 / 128)
+    )
     for c_out, n in [(64, 576), (96, 16), (10, 7), (20, 14), (7, 10)]:
-        cheaper = min(("output", "input"), key=lambda s: projected_share(c_out, n, s, 0.5))
+        cheaper = min(("output", "input"), key=lambda s: projected_share(c_out, n, s, 0.5, 10**9))
         assert cheaper_side(c_out, n) == cheaper
         assert cheaper_side(c_out, n, transposed=True) == "output"
