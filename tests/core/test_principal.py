@@ -216,7 +216,7 @@ def filled():
     for n in range(3):
         subspace.begin_call()
         for name in ("dx", "dw"):
-            basis = subspace.basis(name, CPU)
+            basis = subspace.basis(name, CPU, 1, 6)
             basis.add(sample(6, seed=n), 0.5)
             basis.turn(2, None)
     return subspace
@@ -226,11 +226,19 @@ def assert_goes_on_alike(a, b):
     assert b.passes == a.passes and set(b.bases) == set(a.bases)
     for subspace in (a, b):
         subspace.begin_call()
-        subspace.basis("dx", CPU).add(sample(6, seed=9), 0.5)
+        subspace.basis("dx", CPU, 1, 6).add(sample(6, seed=9), 0.5)
     for name, basis in a.bases.items():
         assert torch.equal(basis.covariance, b.bases[name].covariance)
         assert torch.equal(basis.vectors, b.bases[name].vectors)
         assert b.bases[name].fits(2)
+
+
+def test_directions_of_another_size_begin_anew():
+    subspace = filled()
+    dw = subspace.bases["dw"]
+    assert subspace.basis("dx", CPU, 1, 5).covariance is None
+    assert subspace.basis("dw", CPU, 2, 6) is not dw
+    assert subspace.basis("dw", CPU, 2, 6).covariance is None
 
 
 def through_a_file(subspace):
