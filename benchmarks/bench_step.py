@@ -4,12 +4,15 @@ python benchmarks/bench_step.py                                   # the table of
 python benchmarks/bench_step.py --network vit_tiny_patch16_224:8:224 --types linear
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
 python benchmarks/bench_step.py --network unet2d_cifar10:4:32     # the U-Net of DDPM (diffusers)
+python benchmarks/bench_step.py --selection l1 principal --remainder none coarse
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
 the converted one at rate 0 (what conversion itself costs), ``plan`` the one with those layers
 converted that a measured plan chooses (--measured-plan; of a compiled network it is measured
-compiled). They take turns, in random order within each iteration, so that neither a drift of the
-machine nor what ran before favours one. A step is zero_grad, forward, loss, backward, SGD.
+compiled). With several of --selection or --remainder there is a side for each pair of them in place
+of these, such as ``principal+coarse``. They take turns, in random order within each iteration, so
+that neither a drift of the machine nor what ran before favours one. A step is zero_grad, forward,
+loss, backward, SGD.
 """
 
 from __future__ import annotations
@@ -60,10 +63,11 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     x = torch.randn(network.shape, device=device).contiguous(memory_format=layout)
     loss = network.loss(x)
     sides = {"dense": dense}
-    for side, rate in (("sparse", args.drop_rate), ("rate0", 0.0)):
-        sides[side] = make_sparse(dense, rate, args)
+    for side, (rate, selection, remainder) in sparse_sides(args).items():
+        sides[side] = make_sparse(dense, rate, args, selection, remainder)
     if args.measured_plan:
-        sides["plan"] = make_sparse(dense, args.drop_rate, args, measured_on=x)
+        rule = args.selection[0], args.remainder[0]
+        sides["plan"] = make_sparse(dense, args.drop_rate, args, *rule, measured_on=x)
     torch._dynamo.reset()  # what a plan compiled: there is a limit to the graphs of one network
     # What the convolutions' FLOPs alone would allow, were all else free.
     left = {side: flops_left(model, network.shape, args) for side, model in sides.items()}
@@ -76,6 +80,8 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
     options += [f"types={','.join(args.types)}"] * bool(args.types)
     options += ["kernels=measured"] * args.measured_kernels
     options += [f"align={args.align}"] * (args.align > 1)
+    remainders = [name for name in args.remainder if name is not None]
+    options += [f"remainder={','.join(remainders)}"] * bool(remainders)
     setting = Setting.here(
         device,
         name=network.name,
@@ -84,15 +90,33 @@ def measure(network: Network, args: argparse.Namespace) -> list[Row]:
         amp=args.amp,
         memory_format=layout,
         drop_rate=args.drop_rate,
-        selection=args.selection,
+        selection=" ".join(args.selection),
         options=" ".join(options),
         iterations=args.iterations,
     )
     return compare(setting, MODES, seconds, left, peaks=peaks)
 
 
+def has_rules(args: argparse.Namespace) -> bool:
+    """Whether several rules are compared, instead of one at two rates."""
+    return len(args.selection) * len(args.remainder) > 1
+
+
+def sparse_sides(args: argparse.Namespace) -> dict[str, tuple[float, str, str | None]]:
+    """Return rate, selection and remainder of each converted side."""
+    rules = list(itertools.product(args.selection, args.remainder))
+    if not has_rules(args):
+        return {"sparse": (args.drop_rate, *rules[0]), "rate0": (0.0, *rules[0])}
+    return {"+".join(filter(None, rule)): (args.drop_rate, *rule) for rule in rules}
+
+
 def make_sparse(
-    dense: nn.Module, rate: float, args: argparse.Namespace, measured_on: Tensor | None = None
+    dense: nn.Module,
+    rate: float,
+    args: argparse.Namespace,
+    selection: str = "l1",
+    remainder: str | None = None,
+    measured_on: Tensor | None = None,
 ) -> nn.Module:
     """Return a converted copy of ``dense``.
 
@@ -125,7 +149,8 @@ def make_sparse(
         model,
         rate,
         types=_types(args),
-        selection=args.selection,
+        selection=selection,
+        remainder=remainder,
         filter_fn=chosen,
         strict=pays is None,
         align=args.align,
@@ -215,6 +240,26 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def show_rules(rows: Sequence[Row], console: Console) -> None:
+    """Print backward and step of each rule as shares of dense, a line a network."""
+    first = rows[0]
+    table = Table(
+        title=f"backward / step, share of dense, medians; drop rate {first.drop_rate:g}, "
+        f"{first.memory_format}; {first.device}, torch {torch.__version__}"
+    )
+    sides = [side for side in dict.fromkeys(r.side for r in rows) if side != "dense"]
+    for column in ("network", "input", *sides):
+        table.add_column(column, justify="right" if column in sides else "left")
+    shares = {(r.name, r.shape, r.side, r.mode): r.share_of_dense for r in rows}
+    for at in dict.fromkeys((r.name, r.shape) for r in rows):
+        cells = [
+            " / ".join(f"{shares[(*at, side, mode)]:.3f}" for mode in ("backward", "step"))
+            for side in sides
+        ]
+        table.add_row(*at, *cells)
+    console.print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(description=__doc__)
@@ -237,7 +282,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "convtranspose2d, ...; a linear classifier stays dense",
     )
     parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
-    parser.add_argument("--selection", default="l1", choices=("l1", "l2", "random"))
+    parser.add_argument(
+        "--selection", nargs="+", default=["l1"], choices=("l1", "l2", "random", "principal")
+    )
+    parser.add_argument(
+        "--remainder",
+        nargs="+",
+        type=lambda text: None if text == "none" else text,
+        default=[None],
+        choices=(None, "coarse"),
+        metavar="{none,coarse}",
+    )
     parser.add_argument(
         "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
     )
@@ -265,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_header(args.output)
         except ValueError as error:
             parser.error(str(error))
+    if has_rules(args) and args.measured_plan:
+        parser.error("--measured-plan is for one --selection and one --remainder")
     ssp.kernels.benchmark = args.measured_kernels
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
@@ -273,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.output:
             append(args.output, found)
         rows += found
-    show(rows, console)
+    (show_rules if has_rules(args) else show)(rows, console)
     return 0
 
 

@@ -1,9 +1,11 @@
 """What all tests share: one thread, one seed, the same examples every time, no downloads."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for pretrained weights fails here
@@ -79,30 +81,105 @@ SLOW = [
     "benchmarks/test_study_whole.py::test_two_processes",
     "benchmarks/test_zoo_run.py::test_a_killed_run",
     "benchmarks/test_zoo_run.py::test_a_worker_that_dies",
-    "patching/test_models.py::test_a_whole_network[nfnet_f0]",
+    "ops/lazy_grad/test_norm_training.py::test_under_compiled_autograd_the_backward_is_one_graph[l1-torch",
+    "ops/lazy_grad/test_norm_training.py::test_under_compiled_autograd_the_backward_is_one_graph[l2-C",
+    "tools/test_compile.py::test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager[Cosine",
+    "tools/test_compile.py::test_a_schedule_makes_two_graphs_at_most_and_trains_as_eager[Linear",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[test_efficientnet]",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[test_nfnet]",
     "tools/test_compile.py::test_networks_of_timm_compile_whole[tf_mobilenetv3",
+    "tools/test_compile_inductor.py::test_inductor_hands_its_own_layout_to_the_backward[False",
+    "tools/test_compile_many.py::test_a_loss_goes_back_after_its_context[inductor",
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[C",
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[F",
     "tools/test_training_steps.py::test_the_rate_advances_and_the_plain_networks_graphs_are_enough[W",
 ]
 
+# Of products of many parameters a plain pytest runs so many cases that each value of a parameter
+# meets each value of every other one; the other cases are slow.
+PAIRS = [
+    "native/test_choice.py",
+    "native/test_border.py",
+    "native/test_native_batch_norm.py",
+    "native/test_native_channel_ops.py",
+    "native/test_native_conv.py",
+    "native/test_native_rows.py",
+    "ops/lazy_grad/test_hooks.py",
+    "ops/test_dtypes.py",
+    "ops/test_gradients.py",
+    "ops/test_heuristics.py",
+    "ops/test_higher_derivatives.py",
+    "ops/triton_kernels/test_chosen_channels.py",
+    "ops/triton_kernels/test_sums.py",
+    "patching/test_weights.py",
+    "timing/test_layers.py",
+    "tools/test_compile_operators.py",
+    "training/test_partial_backward.py",
+]
+
+# They take longest, most of them in few tests, and are begun first: no process is to be left alone
+# with one of them at the end.
+LONG = [
+    "distributed/test_two_processes.py",
+    "tools/test_compile_many.py",
+    "tools/test_inductor.py",
+    "tools/test_compile_inductor.py",
+    "patching/test_models.py",
+    "benchmarks/test_zoo_networks.py",
+    "benchmarks/test_study_whole.py",
+    "native/test_fuzz.py",
+    "tools/test_training_steps.py",
+    "test_torch_compat.py",
+]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without what some files import, which takes longer than the tests that are quick."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        tests = Path(__file__).parent
+        if not any(collection_path.is_relative_to(tests / name) for name in QUICK):
+            return True if "mark.quick" not in collection_path.read_text() else None
+    return None
+
 
 def pytest_collection_modifyitems(items):
-    """Mark what is quick, and what is slow."""
+    """Mark what is quick, and what is slow; put what takes long first."""
     tests = Path(__file__).parent
     quick = [tests / name for name in QUICK]
-    files = [tests / name.partition("::")[0] for name in SLOW]
+    files = [tests / name.partition("::")[0] for name in (*SLOW, *PAIRS, *LONG)]
     missing = [str(path) for path in (*quick, *files) if not path.exists()]
     if missing:
         raise pytest.UsageError(f"{__file__} names what is not there: {missing}")
+    products = defaultdict(list)
     for item in items:
-        if any(item.path.is_relative_to(path) for path in quick):
-            item.add_marker("quick")
         name = f"{item.path.relative_to(tests).as_posix()}::{item.name}"
         if name.startswith(tuple(SLOW)):
             item.add_marker("slow")
+        elif name.startswith(tuple(PAIRS)) and hasattr(item, "callspec"):
+            products[name.partition("[")[0]].append(item)
+    for product in products.values():
+        for item in superfluous(product):
+            item.add_marker("slow")
+    for item in items:
+        if any(map(item.path.is_relative_to, quick)) and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+    first = {tests / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+def superfluous(product):
+    """Return those of a test's cases that are not needed to have every pair of parameters' values.
+
+    Greedily: the next one that is needed is that with the most pairs that no other has yet.
+    """
+    values = [[(name, id(value)) for name, value in i.callspec.params.items()] for i in product]
+    pairs = [set(itertools.combinations(each, 2)) for each in values]
+    missing, left = set().union(*pairs), list(range(len(product)))
+    while missing:
+        best = max(left, key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        left.remove(best)
+    return [product[i] for i in left] if any(pairs) else []
 
 
 @pytest.fixture(autouse=True)

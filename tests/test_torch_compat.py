@@ -222,11 +222,14 @@ LAZY = {
     "torch._C._disabled_torch_function_impl",
 }
 
+# Not imported anew: what is compiled once, and the structure that its functions take.
+COMPILED = ("ssprop_patch.ops.native.build", "ssprop_patch.ops.native.conv_shape")
+
 
 def import_without(hidden):
     """Import the package anew as if torch did not have these names."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "ssprop_patch"]:
-        if name != "ssprop_patch.ops.native.build":  # do not compile once more
+        if name not in COMPILED:
             del sys.modules[name]
     importlib.import_module("ssprop_patch")
     spec = importlib.util.find_spec("ssprop_patch._torch_compat")

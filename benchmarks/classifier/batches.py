@@ -28,6 +28,7 @@ class Batches:
         channels: int,
         augment: bool,
         channels_last: bool,
+        resize_to: int = 0,
     ) -> None:
         self.train_set, self.test_set = data.train.to(device), data.test.to(device)
         self.data = data
@@ -35,6 +36,7 @@ class Batches:
         self.device = device
         self.channels = channels  # of the model; grey images are repeated where it wants three
         self.augment = augment
+        self.resize_to = resize_to  # pixels, after cropping; 0: as they are
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1) * 255
         self.std = torch.tensor(data.std, device=device).view(-1, 1, 1) * 255
@@ -73,6 +75,8 @@ class Batches:
         else:
             images = self._cropped_and_flipped(images, generator)
         images = ((images - self.mean) / self.std).expand(-1, self.channels, -1, -1)
+        if self.resize_to:
+            images = F.interpolate(images, size=self.resize_to, mode="bilinear")
         return images.contiguous(memory_format=self.memory_format)
 
     def _cropped_and_flipped(self, images: Tensor, generator: torch.Generator) -> Tensor:

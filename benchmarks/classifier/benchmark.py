@@ -49,7 +49,9 @@ class Benchmark:
         )
         shape = (options.batch_size, self.channels, self.data.size, self.data.size)
         costs.check(model, shape, options.model)
-        self.cost = costs.StepCost(model, shape)
+        self.cost = costs.StepCost(
+            model, shape, selection=options.selection, remainder=options.remainder
+        )
         self.plan = costs.plan(
             self.cost, self.schedule, options.epochs, self.batches.steps_per_epoch
         )

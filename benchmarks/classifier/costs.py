@@ -32,7 +32,8 @@ class StepCost:
     Args:
         model: Not converted.
         inputs: The shape of a batch of images, or the tensors that the model is called with.
-        types, exclude, overrides: As ``ssp.convert`` will be given them.
+        types, exclude, overrides, selection: As ``ssp.convert`` will be given them.
+        remainder: The same, with "none" for None.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class StepCost:
         types: Sequence[type[nn.Module]] = CONVOLUTIONS,
         exclude: Sequence[str] = (),
         overrides: Mapping[str, float] | None = None,
+        selection: str = "l1",
+        remainder: str = "none",
     ) -> None:
         tensors = inputs if isinstance(inputs[0], Tensor) else (torch.zeros(inputs, device="meta"),)
         shapes = {"inputs": inputs} if tensors is inputs else {"input_size": inputs}
@@ -52,6 +55,19 @@ class StepCost:
             todo = ssp.plan(model, types=tuple(types), exclude=exclude, overrides=overrides)
         except ValueError as error:
             raise UserError(f"--model: {error}") from error
+        self._converted = None
+        if selection == "principal" or remainder != "none":
+            # What a layer then costs is no multiple of what it keeps: the package is asked.
+            self._converted, self._shapes = copy.deepcopy(model), shapes
+            ssp.convert(
+                self._converted,
+                0.0,
+                types=tuple(types),
+                exclude=exclude,
+                overrides=overrides,
+                selection=selection,
+                remainder=None if remainder == "none" else remainder,
+            )
         self._layers = found.layers
         self._own_rates = {row.name: row.drop_rate for row in todo.converted}
         linear = {layer.name for layer in found.layers if layer.cls == "Linear"}
@@ -62,17 +78,21 @@ class StepCost:
     def backward(self, drop_rate: float) -> int:
         """Return the FLOPs of one backward pass at this rate.
 
-        The sum that ``ssp.summary(..., drop_rate=...)`` gives, but without tracing the model
-        again, since a schedule may have another rate at every step.
+        The sum that ``ssp.summary(..., drop_rate=...)`` gives. Of the paper's rule without tracing
+        the model again, since a schedule may have another rate at every step.
         """
         total = self._other_backward
+        if self._converted is not None:
+            found = ssp.summary(self._converted, **self._shapes, drop_rate=drop_rate)
+            return total + found.sparse_backward
         for layer in self._layers:
             own = self._own_rates.get(layer.name) if drop_rate > 0 else None
             choices = layer.kept  # one channel is kept of each group that is chosen from
             each = layer.channels // choices
             rate = drop_rate if own is None else own
             kept = max(1, int((1 - rate) * each + 0.5)) * choices
-            if layer.name not in self._own_rates or kept == layer.channels:
+            unused = layer.dense_backward == 0  # of layers that are not trained
+            if unused or layer.name not in self._own_rates or kept == layer.channels:
                 total += layer.dense_backward
             else:
                 importance = 2 * layer.calls * math.prod(layer.output_shape)

@@ -18,6 +18,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     RESNET10: ("resnet18", {"layers": (1, 1, 1, 1)}),
     # For trials on a CPU: one block in each of three narrow stages, behind a stem as narrow.
     RESNET8_NARROW: ("resnet18", {"layers": (1, 1, 1, 0), "channels": (24, 48, 96, 96)}),
+    # The same with bottlenecks: most of its convolutions are 1x1.
+    "resnet11_narrow": ("resnet50", {"layers": (1, 1, 1, 0), "channels": (16, 32, 64, 64)}),
     # For images of 32 pixels: patches of 2; the layers of its blocks are nn.Linear.
     "convnext_atto_small": ("convnext_atto", {"patch_size": 2, "conv_mlp": False}),
     "convnext_femto_small": ("convnext_femto", {"patch_size": 2, "conv_mlp": False}),

@@ -54,6 +54,7 @@ class Options:
     workers: int
     schedule: str
     selection: str
+    remainder: str
     epochs: int
     batch_size: int
     optimizer: str
@@ -201,8 +202,12 @@ def _parser() -> argparse.ArgumentParser:
         "default: BarSchedule(DROP_RATE, period=2), dense and sparse epochs in turn")
     add("--drop-rate", type=_number(float, 0, 1), metavar="D",
         help="of the default schedule (default: 0.8)")
-    add("--selection", choices=("l1", "l2", "random"), default="l1",
-        help="how the kept channels are chosen (default: %(default)s, the paper's)")
+    add("--selection", choices=("l1", "l2", "random", "principal"), default="l1",
+        help="how the kept channels are chosen (default: %(default)s, the paper's); principal: "
+        "leading directions in their place")
+    add("--remainder", choices=("none", "coarse"), default="none",
+        help="what becomes of the rest of the gradient: coarse keeps it on a coarser grid "
+        "(default: %(default)s)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=_COUNT, metavar="N", help="default: 10 for digits, else 30")

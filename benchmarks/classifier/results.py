@@ -46,6 +46,7 @@ def gather(
         "test_images": len(batches.test_set),
         "schedule": repr(schedule) if sparse else None,
         "selection": options.selection if sparse else None,
+        "remainder": options.remainder if sparse else None,
         "epochs": run.steps / batches.steps_per_epoch,
         "steps": run.steps,
         "sparse_steps": sum(rate > 0 for rate in clock.rates),

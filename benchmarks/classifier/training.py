@@ -104,6 +104,7 @@ def train(
             schedule=schedule,
             steps_per_epoch=batches.steps_per_epoch,
             selection=options.selection,
+            remainder=None if options.remainder == "none" else options.remainder,
             types=tuple(getattr(nn, name) for name in options.types),
             exclude=options.exclude,
             overrides=dict(options.overrides),

@@ -172,7 +172,7 @@ def _report(
     folder, written = results or place.folder, []
     folder.mkdir(parents=True, exist_ok=True)
     if results is not None and results.resolve() != place.folder.resolve():
-        Rows(folder / "runs.csv", place.rows.fields).replace(own)
+        Rows(folder / "runs.csv", place.rows.fields, place.rows.added).replace(own)
         written.append("runs.csv")
     if tables:
         for condition in found:

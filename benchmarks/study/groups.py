@@ -74,7 +74,7 @@ class Condition:
         """
         like = method.base if method.settings.method == "dense" else method.settings
         same = {name: getattr(like, name) for name in labels.REGULARISERS}
-        found = self._find(method="dense", **same)
+        found = self._find(method="dense", steps_share=1.0, frozen=(), **same)
         return None if found is method else found
 
     def equal_compute(self, method: Method) -> Method | None:
@@ -87,8 +87,8 @@ class Condition:
             return None
         same = {n: getattr(method.settings, n) for n in labels.OF_A_METHOD}
         own = self._find(**same | {"method": "dense-equal-compute", "selection": ""})
-        if own is not None:
-            return own
+        if own is not None and method.settings.selection != "principal":
+            return own  # else it was cut to what the schedule costs with the paper's rule
         regularisers = {n: same[n] for n in labels.REGULARISERS}
         flops = method.mean("total_flops")
 
@@ -98,6 +98,11 @@ class Condition:
         others = self._all(method="dense-equal-compute", **regularisers)
         nearest = min(others, key=far, default=None)
         return nearest if nearest is not None and far(nearest) <= NEAR else None
+
+    def shortened(self, method: Method) -> list[Method]:
+        """Return the dense trainings of any number of steps, with the same regularisers."""
+        same = {name: getattr(method.settings, name) for name in labels.REGULARISERS}
+        return self._all(method="dense", frozen=(), **same)
 
     def _all(self, **wanted: Any) -> list[Method]:
         return [

@@ -17,6 +17,9 @@ OF_A_METHOD = (
     "dropout",
     "weight_decay",
     "label_smoothing",
+    "remainder",
+    "steps_share",
+    "frozen",
 )
 REGULARISERS = ("dropout", "weight_decay", "label_smoothing")
 _DEFAULT = Settings()
@@ -41,8 +44,15 @@ def method(settings: Settings, base: Settings = _DEFAULT) -> str:
             "ssprop": f"ssProp {settings.schedule}",
         }[settings.method]
     ]
+    if settings.steps_share != 1:
+        parts[0] += f", {settings.steps_share:g} of the steps"
     if settings.selection not in ("", "l1"):
-        parts.append(f"{settings.selection} channels")
+        what = "directions" if settings.selection == "principal" else "channels"
+        parts.append(f"{settings.selection} {what}")
+    if settings.remainder != "none":
+        parts.append(f"{settings.remainder} remainder")
+    if settings.frozen:
+        parts.append(f"frozen {' '.join(settings.frozen)}")
     if settings.method != "dense" and settings.types != _DEFAULT.types:
         parts.append("+".join(settings.types))
     if settings.exclude:
@@ -64,6 +74,10 @@ def regularisers(settings: Settings, base: Settings = _DEFAULT) -> list[str]:
 def condition(settings: Settings) -> str:
     """Return the label of the conditions: the title of a table."""
     how = [settings.network, f"{settings.data} at {settings.image_size}x{settings.image_size}"]
+    if settings.resize_to:
+        how[-1] += f" enlarged to {settings.resize_to}x{settings.resize_to}"
+    if settings.pretrained:
+        how[0] += " from ImageNet weights"
     how.append(f"{100 * settings.share:g} % of the training images")
     how.append("augmented" if settings.augment else "not augmented")
     how.append(f"{settings.epochs} epochs, batch {settings.batch_size}")

@@ -27,6 +27,11 @@ _LOOKS = {
     "ssProp": ("#0072B2", "s"),
     "ssProp, other selection": ("#4a93c4", "v"),
     "ssProp + regulariser": ("#009E73", "h"),
+    "ssProp + coarse remainder": ("#56B4E9", "P"),
+    "principal": ("#E69F00", "X"),
+    "principal + coarse remainder": ("#7B3294", "D"),
+    "dense, lower layers frozen": ("#8a8a8a", "p"),
+    "principal + coarse remainder, lower layers frozen": ("#C51B7D", "p"),
 }
 _LINE = 0.16  # inches of a line of the list of methods
 
@@ -87,7 +92,7 @@ def _panel(axes: Any, condition: Condition, cost: str, shown: dict[str, Any]) ->
             y,
             color=colour,
             marker=marker,
-            markersize=12 if marker in "^v" else 11,
+            markersize=12 if marker in "^vPX" else 11,
             markeredgecolor="white",
             linestyle="none",
             zorder=3,
@@ -104,6 +109,12 @@ def _panel(axes: Any, condition: Condition, cost: str, shown: dict[str, Any]) ->
             zorder=4,
             ha="center",
             va="center_baseline",
+        )
+    dense = [m for m in condition.methods if _kind(m) == "dense"]
+    if len(dense) > 1:
+        line = sorted((m.mean(cost), 100 * m.mean("accuracy")) for m in dense)
+        (shown["dense, stopped earlier"],) = axes.plot(
+            *zip(*line, strict=True), color=_LOOKS["dense"][0], linestyle="--", linewidth=1
         )
     best = frontier(points)
     # To the dearest point: what costs more than the best one is worth no more.
@@ -170,8 +181,16 @@ def _kind(method: Method) -> str:
     others = method.regularised
     if settings.method == "dense-equal-compute":
         return "dense, equal compute"
+    if settings.method == "dense" and settings.frozen:
+        return "dense, lower layers frozen"
     if settings.method == "dense":
         return "dense, other regulariser" if others else "dense"
     if others:
         return "ssProp + regulariser"
-    return "ssProp" if settings.selection == "l1" else "ssProp, other selection"
+    rule = {
+        ("l1", "none"): "ssProp",
+        ("l1", "coarse"): "ssProp + coarse remainder",
+        ("principal", "none"): "principal",
+        ("principal", "coarse"): "principal + coarse remainder",
+    }.get((settings.selection, settings.remainder), "ssProp, other selection")
+    return f"{rule}, lower layers frozen" if settings.frozen else rule

@@ -23,10 +23,13 @@ class Rows:
     Args:
         path: Of the CSV; a lock file stands beside it while it is written to.
         fields: Its columns; the first, ``id``, says which run it is.
+        added: Columns that a file of an older version may lack, with what then stands for them.
     """
 
-    def __init__(self, path: Path, fields: Iterable[str]) -> None:
-        self.path, self.fields = path, tuple(fields)
+    def __init__(
+        self, path: Path, fields: Iterable[str], added: Mapping[str, str] | None = None
+    ) -> None:
+        self.path, self.fields, self.added = path, tuple(fields), dict(added or {})
         self._lock = FileLock(path.with_name(path.name + ".lock"))
 
     def read(self) -> list[dict[str, str]]:
@@ -38,8 +41,9 @@ class Rows:
         if not self.path.exists():
             return []
         whole = whole_rows(self.path.read_bytes()).decode()
-        rows = list(csv.DictReader(io.StringIO(whole, newline="")))
-        if whole and not whole.startswith(_line(self.fields)):
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
+        rows, found = [self.added | row for row in reader], reader.fieldnames or ()
+        if whole and [n for n in self.fields if n in found or n not in self.added] != [*found]:
             raise UserError(
                 f"{self.path} has other columns than this version writes: move it away, or give "
                 f"another --output"
@@ -54,8 +58,11 @@ class Rows:
         """Add a row, unless the file has one of that id; tell whether it was added."""
         line = _line(row[name] for name in self.fields)
         with self._lock:
-            if row["id"] in self.ids():
+            rows = self.read()
+            if any(row["id"] == other["id"] for other in rows):
                 return False
+            if rows and not self.path.read_text().startswith(_line(self.fields)):
+                self.replace(rows)
             append_rows(self.path, line, _line(self.fields))
         return True
 

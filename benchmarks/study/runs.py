@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import timm
 import torch
 import torchvision
 from classifier import clock as clocks
-from classifier import costs, models, training
+from classifier import costs, models, pretrained, training
 from classifier.batches import Batches
 from classifier.decoded import Source
 from classifier.options import UserError
@@ -21,6 +22,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from ssprop_patch.timing import device_name
+from study import settings as study_settings
 from study.settings import NAMES, Settings, cells
 
 # What the classifier's code calls the methods.
@@ -53,6 +55,7 @@ RESULTS = (
     "forward_flops",
     "backward_flops",
     "total_flops",
+    "flops_of_dense",
     "train_s",
     "warm_up_s",
     "forward_s",
@@ -69,17 +72,22 @@ RESULTS = (
     *MACHINE,
 )
 FIELDS = ("id", *NAMES, *RESULTS)
+ADDED = study_settings.ADDED | {"flops_of_dense": ""}
 
 
 def build(settings: Settings, source: Source) -> tuple[nn.Module, int]:
     """Return a fresh network and the number of channels of the images that it takes."""
     images, labels = source.train
-    return models.build(
+    model, channels = models.build(
         settings.options("cpu"),
         classes=int(labels.max()) + 1,
         channels=images.shape[1],
-        size=images.shape[-1],
+        size=settings.resize_to or images.shape[-1],
     )
+    if settings.pretrained:
+        pretrained.load(model, settings.network)
+    pretrained.freeze(model, settings.frozen)
+    return model, channels
 
 
 def step_cost(settings: Settings, model: nn.Module, channels: int) -> costs.StepCost:
@@ -88,7 +96,8 @@ def step_cost(settings: Settings, model: nn.Module, channels: int) -> costs.Step
     Raises:
         UserError: If the network cannot take such images, or a pattern matches no layer.
     """
-    shape = (settings.batch_size, channels, settings.image_size, settings.image_size)
+    size = settings.resize_to or settings.image_size
+    shape = (settings.batch_size, channels, size, size)
     costs.check(model, shape, settings.network)
     of_layers = {}
     if settings.method != "dense":
@@ -96,13 +105,15 @@ def step_cost(settings: Settings, model: nn.Module, channels: int) -> costs.Step
             "types": [getattr(nn, name) for name in settings.types],
             "exclude": settings.exclude,
             "overrides": dict(settings.overrides),
+            "selection": settings.selection or "l1",
+            "remainder": settings.remainder,
         }
     return costs.StepCost(model, shape, **of_layers)
 
 
 def steps_of(settings: Settings, cost: costs.StepCost, steps_per_epoch: int) -> int:
     """Return how many optimizer steps a run takes: fewer for ``dense-equal-compute``."""
-    steps = settings.epochs * steps_per_epoch
+    steps = max(1, round(settings.steps_share * settings.epochs * steps_per_epoch))
     if settings.method != "dense-equal-compute":
         return steps
     schedule = ssp.parse_schedule(settings.schedule)
@@ -145,6 +156,7 @@ def train(
         channels=channels,
         augment=settings.augment,
         channels_last=settings.channels_last,
+        resize_to=settings.resize_to,
     )
     cost = step_cost(settings, model, channels)
     schedule = ssp.parse_schedule(settings.schedule) if settings.method == "ssprop" else None
@@ -164,6 +176,8 @@ def train(
     )
     row = {"id": settings.id, **cells(settings), **_outcome(trained, on_train)}
     forward, backward = cost.total(trained.clock.rates)
+    unfrozen = dataclasses.replace(settings, method="dense", frozen=(), pretrained=False)
+    dense_step = sum(step_cost(unfrozen, *build(unfrozen, source)).total([0.0]))
     times = clocks.summary(trained.clock)
     row |= {name: times[name] for name in RESULTS if name in times}
     row |= {
@@ -175,6 +189,8 @@ def train(
         "forward_flops": forward,
         "backward_flops": backward,
         "total_flops": forward + backward,
+        "flops_of_dense": (forward + backward)
+        / (dense_step * settings.epochs * batches.steps_per_epoch),
         "train_images": len(data.train),
         "test_images": len(data.test),
         "classes": data.classes,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import nn
 import ssprop_patch as ssp
 
 METHODS = ("dense", "dense-equal-compute", "ssprop")
+# Of a setting that came after the first studies, see ``digest``.
+_ADDED = {"added": True}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Settings:
             schedule is shortened to them.
         schedule: Of the drop rate, as text; here resolved, so without braces.
         types, exclude, overrides: As for ``ssp.convert``; types by their names in ``torch.nn``.
+        remainder: As for ``ssp.convert``, with "none" for None.
+        steps_share: Of the steps that the epochs are; the learning-rate schedule is shortened to
+            them.
+        pretrained: Whether training begins with ImageNet weights, see ``classifier.pretrained``.
+        frozen: Patterns of layers that are not trained.
+        resize_to: Pixels to which the batches are enlarged; 0: as they are.
         share: Of the training images, by class; which ones depends on the seed.
         eval_every: Epochs between two evaluations on the test images.
     """
@@ -58,6 +66,11 @@ class Settings:
     compile: bool = False
     eval_every: int = 1
     seed: int = 0
+    remainder: str = field(default="none", metadata=_ADDED)
+    steps_share: float = field(default=1.0, metadata=_ADDED)
+    pretrained: bool = field(default=False, metadata=_ADDED)
+    frozen: tuple[str, ...] = field(default=(), metadata=_ADDED)
+    resize_to: int = field(default=0, metadata=_ADDED)
 
     @property
     def id(self) -> str:
@@ -90,19 +103,24 @@ class Settings:
     def of_row(cls, row: Mapping[str, str]) -> Settings:
         """Return the settings of a row of the CSV."""
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            text, kind = row[field.name], type(field.default)
+        for one in dataclasses.fields(cls):
+            text, kind = row[one.name], type(one.default)
             if kind is tuple:
                 items = json.loads(text)
-                values[field.name] = tuple(tuple(i) if isinstance(i, list) else i for i in items)
+                values[one.name] = tuple(tuple(i) if isinstance(i, list) else i for i in items)
             else:
-                values[field.name] = text == "True" if kind is bool else kind(text)
+                values[one.name] = text == "True" if kind is bool else kind(text)
         return cls(**values)
 
 
 def digest(settings: Any) -> str:
     """Return twelve digits that are the same exactly for the same values of a dataclass."""
-    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    values = dataclasses.asdict(settings)
+    for added in dataclasses.fields(settings):
+        # Rows that are older than a setting keep their ids: they were trained with its default.
+        if added.metadata.get("added") and values[added.name] == added.default:
+            del values[added.name]
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -113,13 +131,20 @@ def cells(settings: Any) -> dict[str, Any]:
 
 
 NAMES = tuple(f.name for f in dataclasses.fields(Settings))
+#: Columns that rows of older studies lack, with what stands for them.
+ADDED = {
+    name: str(cell)
+    for name, cell in cells(Settings()).items()
+    if Settings.__dataclass_fields__[name].metadata.get("added")
+}
 #: Of a study's file only: they are resolved into ``schedule``.
 EXTRA: dict[str, Any] = {"drop_rate": 0.8}
-LISTS = ("types", "exclude")  # one value of these is a list
+LISTS = ("types", "exclude", "frozen")  # one value of these is a list
 
 _CHOICES = {
     "method": METHODS,
-    "selection": ("l1", "l2", "random"),
+    "selection": ("l1", "l2", "random", "principal"),
+    "remainder": ("none", "coarse"),
     "optimizer": ("sgd", "adam", "adamw"),
     "lr_schedule": ("one-cycle", "warm-cosine"),
     "amp": ("off", "bf16", "fp16"),
@@ -131,11 +156,13 @@ _RANGES = {
     "weight_decay": (0, 1e9, False),
     "label_smoothing": (0, 1, False),
     "share": (0, 1 + 1e-9, True),
+    "steps_share": (0, 1 + 1e-9, True),
     "lr": (0, 1e9, True),
     "image_size": (1, 1e9, False),
     "epochs": (1, 1e9, False),
     "batch_size": (1, 1e9, False),
     "eval_every": (1, 1e9, False),
+    "resize_to": (0, 1e9, False),
     "seed": (0, 2**31, False),
 }
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)} | EXTRA
@@ -160,7 +187,7 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     else:
         values["schedule"] = schedule_text(values["schedule"], rate, values["epochs"])
     if values["method"] != "ssprop":
-        values["selection"] = ""
+        values |= {"selection": "", "remainder": "none"}
     return Settings(**values)
 
 
@@ -188,7 +215,7 @@ def _checked(name: str, value: Any) -> Any:
         raise UserError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
     low, below, above = _RANGES.get(name, (0, 0, False))
     if name in _RANGES and (not low <= value < below or (above and value == low)):
-        most = 1 if name == "share" else f"below {below:g}"
+        most = 1 if name in ("share", "steps_share") else f"below {below:g}"
         raise UserError(f"{name} must be {'above' if above else 'from'} {low} to {most}: {value!r}")
     return value
 

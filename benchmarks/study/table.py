@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from classifier.table import spread
 from rich.table import Table
 
+from study.equal_flops import above_dense, text
 from study.groups import Condition, Method
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
@@ -48,6 +49,8 @@ def cells(condition: Condition) -> tuple[list[str], list[list[str]]]:
         "of dense": flops_of_dense,
         "seconds": column("train_s", 1, ".1f"),
     }
+    if any(above_dense(condition, method) for method in condition.methods):
+        columns["- dense, equal FLOPs"] = lambda method: text(above_dense(condition, method))
     return list(columns), [
         [cell(method) for cell in columns.values()] for method in condition.methods
     ]
@@ -87,7 +90,9 @@ LEGEND = (
     "Mean ± sample standard deviation over the seeds. accuracy: on the test images after the last "
     "step. - dense: points above the dense training of as many epochs with the same regularisers "
     "(for a dense training with others: above the first one); - equal compute: above the dense "
-    "training of the same FLOPs, or the nearest within 2 %; both seed by seed. best: the best "
+    "training of the same FLOPs, or the nearest within 2 %; both seed by seed. - dense, equal "
+    "FLOPs: above dense training stopped at the same FLOPs, interpolated between the dense "
+    "trainings of the same seed; ± half of the mean's 95 % interval (Student's t). best: the best "
     "accuracy of any evaluation, chosen on the test images and so too high. train: accuracy on the "
     "training images after the last step, without augmentation. FLOP: forward and backward of the "
     "whole training, convolutions and matrix products; of dense: as a share of the dense "

@@ -44,7 +44,7 @@ class Place:
     @property
     def rows(self) -> Rows:
         """Return the finished runs."""
-        return Rows(self.folder / "runs.csv", runs.FIELDS)
+        return Rows(self.folder / "runs.csv", runs.FIELDS, runs.ADDED)
 
     def source(self, name: str, size: int) -> decoded.Source:
         """Return the images."""

@@ -76,7 +76,7 @@ class Principal:
         return number % self.refresh_interval == 0 or number in _EARLY
 
 
-def projected_share(c_out: int, n: float, side: Side, kept: float) -> float:
+def projected_share(c_out: int, n: float, side: Side, kept: float, positions: float) -> float:
     """Return the cost of the projected products as a share of the dense ones.
 
     Args:
@@ -84,8 +84,11 @@ def projected_share(c_out: int, n: float, side: Side, kept: float) -> float:
         n: Multiply-adds of one of them at one position.
         side: The side.
         kept: Directions as a share of all.
+        positions: Of all samples of the output: of few, turning the weights is not little work.
     """
-    return kept * (1 + c_out / (2 * n)) if side == "output" else kept * (1 + n / c_out)
+    if side == "output":
+        return kept * (1 + c_out / (2 * n) + c_out / positions)
+    return kept * (1 + n / c_out + n / positions)
 
 
 def cheaper_side(c_out: int, n: float, transposed: bool = False) -> Side:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .coarse import coarse_twin
+from .coarse import CoarseTwin
 from .geometry import ConvParams
 from .operations import Grads, OutputMask
 from .selection import ScoreFn, l1_scores, selectable_channels, topk_indices
@@ -142,7 +142,7 @@ def whole_backward(
         dx, dw = _project_input(dx, dw, v, t)
     if block:
         rest = dy - selected if v is None and t is None else dy
-        twin = coarse_twin(x, dy, w, params, block)
+        twin = CoarseTwin.of(dy, x, w, params, block)
         dx_rest, dw_rest = twin.backward(twin.pool_output(rest), x, w, *needs[:2])
         dx_rest = None if dx_rest is None else twin.of_x.spread(dx_rest)
         dw_rest = None if dw_rest is None else dw_rest.expand_as(w)

@@ -164,7 +164,8 @@ def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
     group = extent.channels // extent.groups
     if rule.subspace is not None and not extent.is_depthwise:
         side: Side = cheaper_side(group, extent.reads, extent.transposed)
-        if projected_share(group, extent.reads, side, k / group) + rest < PAYS:
+        share = projected_share(group, extent.reads, side, k / group, extent.y_positions or 1)
+        if share + rest < PAYS:
             return BackwardKind(side, rule.block)
     kept = k * extent.choices / extent.channels
     if rule.block and kept + (1 - kept) * rest >= PAYS:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch_compat import len_torch_dispatch_stack
 from ..core.geometry import ConvParams
-from ..core.selection import ScoreFn
+from ..core.selection import ScoreFn, l1_scores
 from .channel_ops import are_for_c, put_channels, put_rows, take_channels
 from .channel_scores import order_of, select_channels
 from .lazy_grad.gradients import NormGradient
@@ -164,3 +164,26 @@ class KeptChannels:
             return None
         dim, index = self.weight_rows
         return put_rows(dw, index, self.whole_w, dim)
+
+
+class AllChannels(KeptChannels):
+    """All channels of a gradient that was made smaller before: nothing is left to be chosen.
+
+    Args:
+        dy, x, w, p: As of :class:`KeptChannels`.
+    """
+
+    def __init__(self, dy: Tensor, x: Tensor, w: Tensor, p: ConvParams) -> None:
+        super().__init__(dy, x, w, p, dy.shape[1] // p.groups, l1_scores)
+        self.depthwise, self.number = False, dy.shape[1]
+        self._index = torch.arange(dy.shape[1], device=dy.device)
+        self._dy = self._masked_dy = dy
+        self._w = w
+
+    def spread_dw(self, dw: _Grad) -> _Grad:
+        """Return ``dw``, which has all rows."""
+        return dw
+
+    def spread_db(self, db: _Grad) -> _Grad:
+        """Return ``db``, as :meth:`spread_dw`."""
+        return db

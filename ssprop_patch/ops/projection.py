@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..core.geometry import ConvParams
-from ..core.reference import dense_backward
 from ..core.rule import BackwardRule, ranks
+from . import autotune
+from .channel_gradients import AllChannels
+from .channel_ops import is_channels_last
+from .pointwise import is_pointwise
 
 #: Whether dX and dW are needed.
 Needs = tuple[bool, bool]
@@ -91,9 +96,7 @@ def project_weight(w: Tensor, u: Tensor, p: ConvParams) -> Tensor:
     groups, channels, k = u.shape
     u = u.to(w.dtype)
     if p.transposed:  # (C_in, C_out / groups, *kernel)
-        rows = w.reshape(groups, w.shape[0] // groups, channels, -1)
-        mixed = u.mT.unsqueeze(1) @ rows
-        return mixed.reshape(w.shape[0], k, *w.shape[2:])
+        return _turn(w, u, groups)
     rows = w.reshape(groups, channels, -1)
     return (u.mT @ rows).reshape(groups * k, *w.shape[1:])
 
@@ -103,10 +106,16 @@ def lift_weight(dw: Tensor, u: Tensor, p: ConvParams) -> Tensor:
     groups, channels, k = u.shape
     u = u.to(dw.dtype)
     if p.transposed:
-        rows = dw.reshape(groups, dw.shape[0] // groups, k, -1)
-        return (u.unsqueeze(1) @ rows).reshape(dw.shape[0], channels, *dw.shape[2:])
+        return _turn(dw, u.mT, groups)
     rows = dw.reshape(groups, k, -1)
     return (u @ rows).reshape(groups * channels, *dw.shape[1:])
+
+
+def _turn(w: Tensor, matrices: Tensor, groups: int) -> Tensor:
+    """Return ``w``, (groups * a, b, *kernel), with its second dimension times (groups, b, c)."""
+    last = w.movedim(1, -1)
+    turned = last.reshape(groups, -1, w.shape[1]) @ matrices
+    return turned.view(*last.shape[:-1], -1).movedim(-1, 1)
 
 
 def along_output(z: Tensor, x: Tensor, w: Tensor, p: ConvParams, u: Tensor, needs: Needs) -> DxDw:
@@ -123,8 +132,8 @@ def along_output(z: Tensor, x: Tensor, w: Tensor, p: ConvParams, u: Tensor, need
         smaller = project_weight(w, u, p)
     else:  # of which dW needs the shape
         rows, k = (w.shape[0], u.shape[2]) if p.transposed else (z.shape[1], w.shape[1])
-        smaller = w.new_empty(1).expand(rows, k, *w.shape[2:])
-    dx, dw, _ = dense_backward(z, x, smaller, p, (*needs, False))
+        smaller = w.new_empty(rows, k, *w.shape[2:])
+    dx, dw = _gradients(z, x, smaller, p, needs)
     return dx, None if dw is None else lift_weight(dw, u, p)
 
 
@@ -213,28 +222,43 @@ def along_input(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, bases: InputBas
         bases: V and T.
     """
     dx = dw = None
-    if (v := bases.v) is not None:
-        v = v.to(w.dtype)
-        channels, r = w.shape[0] // p.groups, v.shape[2]
-        rows = w.reshape(p.groups, channels, w.shape[1], -1)
-        smaller = (v.mT.unsqueeze(1) @ rows).reshape(w.shape[0], r, *w.shape[2:])
-        like = x.new_empty(1).expand(x.shape[0], p.groups * r, *x.shape[2:])
-        dx, _, _ = dense_backward(dy, like, smaller, p, (True, False, False))
+    if bases.v is not None:
+        v = bases.v.to(w.dtype)
+        like = _empty(x, p.groups * v.shape[2], x.shape[2:])
+        dx = _gradients(dy, like, _turn(w, v, p.groups), p, (True, False))[0]
+        assert dx is not None
         dx = mix(dx, v.mT)
-    if (t := bases.t) is not None:
-        dw = _weight_gradient(dy, x, w, p, t.to(x.dtype))
+    if bases.t is not None:
+        dw = _weight_gradient(dy, x, w, p, bases.t.to(x.dtype))
     return dx, dw
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, t: Tensor) -> Tensor:
     rank, dims = t.shape[2], w.dim() - 2
-    kernels = t.mT.reshape(p.groups * rank, *w.shape[1:])
-    projected = torch.convolution(
-        x, kernels, None, p.stride, p.padding, p.dilation, False, (0,) * dims, p.groups
-    )
-    point = ConvParams((1,) * dims, (0,) * dims, (1,) * dims, p.groups)
-    shape = w.new_empty(1).expand(w.shape[0], rank, *(1,) * dims)
-    _, dw, _ = dense_backward(dy, projected, shape, point, (False, True, False))
+    ones, zeros = (1,) * dims, (0,) * dims
+    if is_pointwise(w.shape, p) and p.stride == ones:
+        projected = mix(x, t)
+    else:
+        kernels = t.mT.reshape(p.groups * rank, *w.shape[1:])
+        projected = torch.convolution(
+            x, kernels, None, p.stride, p.padding, p.dilation, False, zeros, p.groups
+        )
+    like = w.new_empty(w.shape[0], rank, *ones)
+    dw = _gradients(dy, projected, like, ConvParams(ones, zeros, ones, p.groups), (False, True))[1]
     assert dw is not None
     rows = dw.reshape(p.groups, w.shape[0] // p.groups, rank)
     return (rows @ t.mT).reshape(w.shape)
+
+
+def _gradients(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, needs: Needs) -> DxDw:
+    """Return dX and dW of a convolution as a sparse one that keeps all channels computes them."""
+    channels = AllChannels(dy, x, w, p)
+    dx, dw, _ = autotune.choose(channels, *needs).run(channels, (*needs, False))
+    return dx, dw
+
+
+def _empty(like: Tensor, channels: int, positions: Sequence[int]) -> Tensor:
+    """Return memory that nobody reads, in the format of ``like``, as dX takes its shape from x."""
+    if is_channels_last(like):
+        return like.new_empty(like.shape[0], *positions, channels).movedim(-1, 1)
+    return like.new_empty(like.shape[0], channels, *positions)

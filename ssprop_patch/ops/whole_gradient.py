@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from math import ceil
 
+import torch
 from torch import Tensor
 
-from ..core.coarse import CoarseTwin, coarse_twin
+from ..core.coarse import CoarseTwin
 from ..core.geometry import ConvParams, convolution_shape
 from ..core.operations import Grads, OutputMask
 from ..core.reference import dense_backward
@@ -18,6 +19,7 @@ from ..core.rule import BackwardKind, BackwardRule, Extent, kind_of
 from ..schedule.call_observer import CallObserver
 from . import autotune
 from .channel_gradients import KeptChannels
+from .coarse_twin import FastTwin
 from .projection import (
     DxDw,
     Needs,
@@ -134,7 +136,7 @@ def _along_channels(
         observer.computed(str(algorithms))
     if not kind.block:
         return (dx, dw), db
-    twin = coarse_twin(x, dy, w, p, rule.block)
+    twin = FastTwin.of(dy, x, w, p, rule.block)
     rest = twin.pool_output(dy).index_fill(1, kept.index, 0)
     return _add(twin, (dx, dw), twin.backward(rest, x, w, *needs)), None
 
@@ -154,7 +156,7 @@ def _along_output(
     z = mix(dy, u)
     pair: DxDw = along_output(z, x, w, p, u, needs)
     if kind.block:
-        twin = coarse_twin(x, dy, w, p, rule.block)
+        twin = FastTwin.of(dy, x, w, p, rule.block)
         rest = twin.pool_output(dy) - mix(twin.pool_output(z), u.mT)
         pair = _add(twin, pair, twin.backward(rest, x, w, *needs))
     return pair, u.shape[2], kind._replace(refreshed=refreshed)
@@ -177,7 +179,7 @@ def _along_input(
         return (dx, dw), k, kind._replace(refreshed=True)
     pair: DxDw = along_input(dy, x, w, p, bases)
     if kind.block:
-        twin = coarse_twin(x, dy, w, p, rule.block)
+        twin = FastTwin.of(dy, x, w, p, rule.block)
         dx, dw = twin.backward(twin.pool_output(dy), x, w, *needs)
         if dx is not None and bases.v is not None:
             dx = dx - mix(mix(dx, bases.v), bases.v.mT)
@@ -194,4 +196,7 @@ def _add(twin: CoarseTwin, pair: DxDw, coarse: DxDw) -> DxDw:
     if dx is not None:
         assert coarse[0] is not None
         dx = twin.of_x.add_spread(dx, coarse[0])
-    return dx, None if dw is None else dw + coarse[1]
+    if dw is not None:
+        assert coarse[1] is not None
+        dw = dw + coarse[1] if torch.is_grad_enabled() else dw.add_(coarse[1])
+    return dx, dw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+import math
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -50,12 +50,12 @@ def choice_of_layer(
     assert shape is not None
     transposed = getattr(module, "transposed", False)
     channels = shape[1] if transposed else shape[0] // groups
-    reads: float = prod(shape[1:])
+    reads: float = math.prod(shape[1:])
     if transposed:
-        reads = shape[0] // groups * prod(shape[2:]) / prod(layer.stride)
+        reads = shape[0] // groups * math.prod(shape[2:]) / math.prod(layer.stride)
     side = cheaper_side(channels, reads, transposed)
     kept = kept_channels(channels, drop_rate, align)
-    share = projected_share(channels, reads, side, kept / channels)
+    share = projected_share(channels, reads, side, kept / channels, math.inf)
     if kept == channels or share < PAYS:
         return Choice(side, f"principal, {_SIDES[side]}")
     return Choice(

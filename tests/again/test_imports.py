@@ -224,7 +224,8 @@ for name in ["ssprop_patch", *names, "ssprop_patch"]:
     t += 1
     assert controller.t == t, (name, controller.t, t)
     assert rows(model) == [[4, 4], [2, 2]][t % 2], name
-    assert rows(compiled_model, compiled) == [4, 4], name
+    if t % 6 == 0:  # it may be compiled again, which takes longer than all the rest
+        assert rows(compiled_model, compiled) == [4, 4], name
     assert rows(copy.deepcopy(model)) == rows(model), name
     fresh = ssp.convert(make(), steps(ssp))
     assert rows(fresh) == [4, 4], name
@@ -238,6 +239,7 @@ for name in ["ssprop_patch", *names, "ssprop_patch"]:
     with ssp.converted(fresh, 0.75):
         assert rows(fresh) == [2, 2], name
     assert type(fresh[0]) is nn.Conv2d, name
+assert rows(compiled_model, compiled) == [4, 4]
 ssp.convert(model, 0.75)
 assert rows(model) == [2, 2]
 ssp.convert(compiled_model, 0.75)

@@ -129,35 +129,52 @@ CHANGES = {
 }
 
 
+# Every so many places; more of them are slow.
+PLACES = pytest.mark.parametrize(
+    ("event", "step"),
+    [
+        ("line", 7),
+        ("opcode", 97),
+        pytest.param("line", 2, marks=pytest.mark.slow),
+        pytest.param("opcode", 37, marks=pytest.mark.slow),
+    ],
+)
+
+
 @pytest.mark.parametrize("case", CHANGES)
-@pytest.mark.parametrize(("event", "step"), [("line", 2), ("opcode", 37)])
+@PLACES
 def test_conversions(case, event, step):
     """It is the old state up to one place, and from there on the new one."""
     prepare, rates = CHANGES[case]
     assert check_each(every(prepare, event, step)) == rates
 
 
-def test_a_shared_controller_does_not_count_for_a_model_that_was_not_converted():
+EACH = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@EACH
+def test_a_shared_controller_does_not_count_for_a_model_that_was_not_converted(step):
     def prepare():
         one, other = ssp.convert(make(), steps(0.5)), make()
         controller = ssp.get_controller(one)
         return (other, controller), lambda: ssp.convert(other, controller=controller)
 
     seen = set()
-    for other, controller in every(prepare, step=3):
+    for other, controller in every(prepare, step=step):
         torch.optim.SGD(other.parameters(), 0.0).step()
         assert controller.t == ssp.is_converted(other)
         seen.add(controller.t)
     assert seen == {0, 1}
 
 
-def test_the_same_controller_again():
+@EACH
+def test_the_same_controller_again(step):
     def prepare():
         model = ssp.convert(make(), steps(0.5))
         controller = ssp.get_controller(model)
         return model, lambda: ssp.convert(model, controller=controller)
 
-    assert check_each(every(prepare)) == [0.5]
+    assert check_each(every(prepare, step=step)) == [0.5]
 
 
 class Stubborn(nn.Conv2d):
@@ -169,7 +186,8 @@ class Stubborn(nn.Conv2d):
         super().__setattr__(name, value)
 
 
-def test_a_class_that_refuses():
+@EACH
+def test_a_class_that_refuses(step):
     def prepare():
         model = make()
         model[2] = Stubborn(8, 8, 1)
@@ -180,7 +198,7 @@ def test_a_class_that_refuses():
 
         return model, action
 
-    for i, model in enumerate(every(prepare, step=3)):
+    for i, model in enumerate(every(prepare, step=step)):
         # What two faults leave half done is harmless, and made good by what comes next.
         if i % 25 == 0:
             rows(model)
@@ -201,7 +219,7 @@ def enter_and_leave(manager):
 
 
 @pytest.mark.parametrize("manager", [lambda m: ssp.sparsity(m, 0.75), ssp.dense])
-@pytest.mark.parametrize(("event", "step"), [("line", 1), ("opcode", 1)])
+@pytest.mark.parametrize(("event", "step"), [("line", 1), ("opcode", 5)])
 def test_a_temporary_rate_ends(manager, event, step):
     def prepare():
         model = make()
@@ -223,7 +241,7 @@ def test_a_temporary_rate_ends(manager, event, step):
         assert all(c._temporary == [] for c in controllers) and entered._entered == []
         with entered:
             assert [c.drop_rate for c in controllers] == [entered.drop_rate] * 2
-    assert left <= (2 if event == "line" else 20)
+    assert left <= (2 if event == "line" else 20 // step + 1)
 
 
 def test_a_pause_ends():
@@ -261,7 +279,8 @@ def test_a_rate_within_a_rate():
 
 
 @pytest.mark.parametrize("before", [0.0, 0.25])
-def test_converted(before):
+@EACH
+def test_converted(before, step):
     controllers = []
 
     def prepare():
@@ -272,7 +291,7 @@ def test_converted(before):
         return model, lambda: enter_and_leave(ssp.converted(model, steps(0.5)))
 
     def models():
-        for model in every(prepare, step=3):
+        for model in every(prepare, step=step):
             found = state(model)
             assert rate_of(found) != before or not before or found is controllers[0]
             yield model

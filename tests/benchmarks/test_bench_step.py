@@ -18,7 +18,8 @@ import ssprop_patch as ssp
 def step_options(**given: object) -> SimpleNamespace:
     options = {
         "drop_rate": 0.8,
-        "selection": "l1",
+        "selection": ["l1"],
+        "remainder": [None],
         "types": [],
         "amp": False,
         "skip_grouped": False,
@@ -26,6 +27,21 @@ def step_options(**given: object) -> SimpleNamespace:
         "compile": False,
     }
     return SimpleNamespace(**options | given)
+
+
+def test_several_rules_are_sides_of_one_comparison():
+    args = step_options(selection=["l1", "principal"], remainder=[None, "coarse"])
+    assert bench_step.sparse_sides(args) == {
+        "l1": (0.8, "l1", None),
+        "l1+coarse": (0.8, "l1", "coarse"),
+        "principal": (0.8, "principal", None),
+        "principal+coarse": (0.8, "principal", "coarse"),
+    }
+    one = step_options(selection=["principal"])
+    assert bench_step.sparse_sides(one) == {
+        "sparse": (0.8, "principal", None),
+        "rate0": (0.0, "principal", None),
+    }
 
 
 def sparse_layers(model: nn.Module) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import types
 
 import pytest
 import study.runs as runs
@@ -103,6 +105,36 @@ def test_cost_of_excluded_layers_and_of_layers_with_own_rates():
         ssp.get_controller(model).drop_rate = rate
         want = ssp.summary(model, input_size=shape).sparse_backward
         assert cost.backward(rate) == want + linear
+
+
+@pytest.mark.parametrize(
+    ("selection", "remainder"),
+    [("l1", "none"), ("l1", "coarse"), ("principal", "none"), ("principal", "coarse")],
+)
+def test_cost_of_a_rule_is_what_a_meter_counts(selection, remainder):
+    settings = resolve({"network": "resnet11_narrow", "frozen": ["conv1", "bn1", "layer1"]})
+    source = types.SimpleNamespace(train=(torch.zeros(1, 3, 16, 16), torch.tensor([9])))
+    model, _ = runs.build(settings, source)
+    layers = {"exclude": [r"layer3\.0\.conv1"], "overrides": {"layer2": 0.6}}
+    shape = (8, 3, 16, 16)
+    cost = costs.StepCost(model, shape, **layers, selection=selection, remainder=remainder)
+    dense = ssp.summary(model, input_size=shape, drop_rate=0).dense_backward
+    linear = cost.backward(0.0) - dense
+    how = {"selection": selection, "remainder": None if remainder == "none" else remainder}
+    ssp.convert(model, 0.8, **layers, **how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    counted = [0]
+    with ssp.Meter(model) as meter:
+        for _ in range(4):  # directions are refreshed in the first three
+            model(torch.randn(shape)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            counted.append(meter.report().backward_flops)
+    refreshed, *_, usual = (b - a for a, b in itertools.pairwise(counted))
+    mean = usual + (refreshed - usual) / 20
+    assert linear > 0 and usual < 0.7 * dense
+    assert (refreshed > usual) == (selection == "principal")
+    assert abs(cost.backward(0.8) - linear - mean) <= 12  # rounded once a layer
 
 
 def test_cost_of_linear_layers_counts_each_once():

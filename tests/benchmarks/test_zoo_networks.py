@@ -28,6 +28,13 @@ SAMPLE = {
         shufflenet_v2_x0_5 quantized_mobilenet_v2 lraspp_mobilenet_v3_large
         fasterrcnn_mobilenet_v3_large_320_fpn ssdlite320_mobilenet_v3_large mc3_18 raft_small""",
 }
+# A plain run trains these, of which no two write a convolution alike; the others are slow.
+PLAIN = """
+    test_byobnet test_coatnet test_convnext test_efficientnet test_mambaout test_nfnet test_resnet
+    test_vit test_vit_relpos coat_lite_tiny convit_tiny efficientvit_m0 ghostnet_050 levit_128s
+    naflexvit_base_patch16_gap resnest14d skresnet18 tf_mixnet_s xcit_nano_12_p16_224
+    shufflenet_v2_x0_5 quantized_mobilenet_v2 lraspp_mobilenet_v3_large
+    fasterrcnn_mobilenet_v3_large_320_fpn raft_small"""
 NOTHING = {"naflexvit_base_patch16_gap"}  # embeds its patches by a linear layer
 FLOAT32 = {"raft_small"}  # makes coordinates in float32, whatever it is given
 
@@ -38,7 +45,12 @@ def test_the_sample_holds_over_forty_families():
 
 
 @pytest.mark.parametrize(
-    ("library", "name"), [(library, n) for library in SAMPLE for n in SAMPLE[library].split()]
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=() if name in PLAIN.split() else pytest.mark.slow)
+        for library in SAMPLE
+        for name in SAMPLE[library].split()
+    ],
 )
 def test_a_network_of_each_family(library, name):
     row = check.row(entry_of(library, name))

@@ -29,23 +29,18 @@ def test_a_worker_that_dies_or_hangs_costs_one_row():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's data")
 def test_what_needs_more_than_its_part_of_the_memory_runs_alone():
-    rows = run_invented("needs 5", "tensor 5", "a", "needs 9", "tensor 9", jobs=2, memory=8)
+    rows = run_invented("needs 5", "a", "tensor 9", jobs=2, memory=8)
     assert next(row["name"] for row in rows.values()) == "a"
-    assert {n: r["result"] for n, r in rows.items()} == {
-        "a": "ok",
-        "needs 5": "ok",
-        "tensor 5": "ok",
-        "needs 9": "memory",
-        "tensor 9": "memory",
-    }
-    assert rows["needs 9"]["reason"] == "needs more than 8 GiB"
+    results = {name: row["result"] for name, row in rows.items()}
+    assert results == {"a": "ok", "needs 5": "ok", "tensor 9": "memory"}
+    assert rows["tensor 9"]["reason"] == "needs more than 8 GiB"
 
 
 def test_a_worker_does_several_networks_and_is_replaced_in_time(monkeypatch):
     monkeypatch.setattr(runner, "MODELS_PER_WORKER", 2)
-    rows = run_invented(*"abcde", jobs=1)
+    rows = run_invented(*"abc", jobs=1)
     workers = [row["reason"] for row in rows.values()]
-    assert workers[0] == workers[1] != workers[2] == workers[3] != workers[4]
+    assert workers[0] == workers[1] != workers[2]
 
 
 def test_a_killed_run_leaves_whole_rows_and_the_next_one_continues(tmp_path, capsys):

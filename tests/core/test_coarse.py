@@ -5,7 +5,7 @@ import torch
 
 from core.twins import convolve, layers, twin, twin_gradients
 from ssprop_patch import Coarse
-from ssprop_patch.core.coarse import Cells, coarse_twin, count_blocks
+from ssprop_patch.core.coarse import Cells, CoarseTwin, count_blocks
 from ssprop_patch.core.geometry import ConvParams
 
 close = dict(rtol=1e-11, atol=1e-11)
@@ -13,7 +13,7 @@ close = dict(rtol=1e-11, atol=1e-11)
 
 def of_twin(layer):
     x, dy, w = layer.x, layer.dy, layer.w
-    made = coarse_twin(x, dy, w, layer.params, layer.block)
+    made = CoarseTwin.of(dy, x, w, layer.params, layer.block)
     with torch.no_grad():
         dx, dw = made.backward(made.pool_output(dy), x, w, True, True)
     return made, dx, dw
@@ -53,14 +53,14 @@ def test_of_a_smooth_gradient_and_input_it_is_the_convolutions_own():
     inner = (..., slice(8, 16), slice(8, 16))
     torch.testing.assert_close(twin(x, w, p, (24, 24), 4)[inner], y[inner], **close)
     dy = torch.ones_like(y)
-    made = coarse_twin(x, dy, w, p, 4)
+    made = CoarseTwin.of(dy, x, w, p, 4)
     dx, _ = made.backward(made.pool_output(dy), x, w, True, False)
     expected = w.sum((0, 2, 3)).view(3, 1, 1).expand(3, 8, 8)
     torch.testing.assert_close(made.of_x.spread(dx)[inner][0], expected, **close)
 
 
 def test_pooling_is_linear_and_takes_any_number_of_channels():
-    made = coarse_twin(*(torch.zeros(2, c, 7, 9) for c in (3, 5)), torch.zeros(5, 3, 1, 1), P, 4)
+    made = CoarseTwin.of(*(torch.zeros(2, c, 7, 9) for c in (5, 3)), torch.zeros(5, 3, 1, 1), P, 4)
     a, b = torch.randn(2, 11, 7, 9).double(), torch.randn(2, 11, 7, 9).double()
     pooled = made.pool_output(a - 2 * b)
     assert pooled.shape == (2, 11, 2, 3)
@@ -89,7 +89,7 @@ def test_it_is_differentiable():
     e = torch.randn(1, 3, 4).double()
 
     def backward(e, x, w):
-        made = coarse_twin(x, e, w, ConvParams((1,), (0,), (1,), 1), 3)
+        made = CoarseTwin.of(e, x, w, ConvParams((1,), (0,), (1,), 1), 3)
         dx, dw = made.backward(made.pool_output(e), x, w, True, True)
         return made.of_x.add_spread(x * 2, dx), dw
 

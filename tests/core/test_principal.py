@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from math import inf
 
 import pytest
 import torch
@@ -299,11 +300,15 @@ def test_settings_that_are_not_valid(wrong):
 
 
 def test_costs_of_the_sides():
+    # Of many positions.
     # A 3x3 of 64 to 64: U'dy costs C k at each position, the two products 2 n k instead of 2 n C.
-    assert projected_share(64, 576, "output", 0.25) == pytest.approx(0.25 * (1 + 64 / 1152))
+    assert projected_share(64, 576, "output", 0.25, inf) == pytest.approx(0.25 * (1 + 64 / 1152))
     # A 1x1 of 16 to 96: of each product its share, and back from there r n for n C.
-    assert projected_share(96, 16, "input", 0.25) == pytest.approx(0.25 * (1 + 16 / 96))
+    assert projected_share(96, 16, "input", 0.25, inf) == pytest.approx(0.25 * (1 + 16 / 96))
     for c_out, n in [(64, 576), (96, 16), (10, 7), (20, 14), (7, 10)]:
-        cheaper = min(("output", "input"), key=lambda s: projected_share(c_out, n, s, 0.5))
+        cheaper = min(("output", "input"), key=lambda s: projected_share(c_out, n, s, 0.5, inf))
         assert cheaper_side(c_out, n) == cheaper
         assert cheaper_side(c_out, n, transposed=True) == "output"
+    # Of few, turning the weight costs k n C twice, as much as the products of C positions.
+    assert projected_share(64, 576, "output", 0.25, 128) == pytest.approx(0.25 * (1.5 + 64 / 1152))
+    assert projected_share(96, 16, "input", 0.25, 32) == pytest.approx(0.25 * (1.5 + 16 / 96))

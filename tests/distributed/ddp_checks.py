@@ -276,7 +276,3 @@ def a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted():
         controller.load_state_dict(state["ssprop"])
         assert controller.t == stop // 2
         by_hand.assert_bit_equal(run(ddp, net, optimizer, range(stop, 7)), uninterrupted)
-
-
-if __name__ == "__main__":
-    check.main()

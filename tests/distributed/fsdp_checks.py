@@ -304,7 +304,3 @@ def fsdp1_with_original_parameters():
             by_hand.assert_same([state], [expected()[step]])
         ssp.revert(fsdp)
         assert not ssp.is_converted(fsdp)
-
-
-if __name__ == "__main__":
-    check.main()

@@ -1,10 +1,11 @@
 """Checks that need two processes: written as functions, run at once, told apart in pytest.
 
-A file of checks registers functions with :class:`Checks`; run as a program, each of two gloo
-processes calls them all in turn and writes down how each one ended. Its test file starts it once
-and has one test a check.
+A file of checks registers functions with :class:`Checks`. Two gloo processes, which are started
+once, call those of all files in turn and write down how each one ended; test_two_processes.py has
+one test a check.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ class Checks:
 
     def __init__(self):
         self.functions = {}
+        self.before = []  # called before there is a process group
 
     def __call__(self, function):
         """Register a check; a decorator."""
@@ -39,21 +41,27 @@ class Checks:
     def __iter__(self):
         return iter(self.functions)
 
-    def main(self):
-        """Run all: in each of the processes."""
-        import torch
-        import torch.distributed as dist
 
-        torch.set_num_threads(1)
-        outcomes, rank = Path(os.environ["OUTCOMES"]), int(os.environ["RANK"])
-        dist.init_process_group(
-            "gloo",
-            init_method=(outcomes.resolve() / "store").as_uri(),
-            rank=rank,
-            world_size=RANKS,
-            timeout=timedelta(seconds=PATIENCE),
-        )
-        for name, function in self.functions.items():
+def main(names):
+    """Run all checks of these modules: in each of the processes."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    outcomes, rank = Path(os.environ["OUTCOMES"]), int(os.environ["RANK"])
+    files = {name: importlib.import_module(name).check for name in names}
+    for check in files.values():
+        for function in check.before:
+            function()
+    dist.init_process_group(
+        "gloo",
+        init_method=(outcomes.resolve() / "store").as_uri(),
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=PATIENCE),
+    )
+    for file, check in files.items():
+        for name, function in check.functions.items():
             torch.manual_seed(0)
             outcome = {"error": "", "unavailable": ""}
             try:
@@ -62,12 +70,12 @@ class Checks:
                 outcome["unavailable"] = str(reason)
             except Exception:
                 outcome["error"] = traceback.format_exc()
-            _write(outcomes / f"{name}.{rank}", outcome)
+            _write(outcomes / f"{file}.{name}.{rank}", outcome)
             # By files, not a barrier: a process that failed half-way has left the other in the
             # middle of a collective, and the next one would be taken for its answer.
-            if not _all_ended(outcomes, name):
+            if not _all_ended(outcomes, f"{file}.{name}"):
                 sys.exit(f"{name}: the other process did not come to its end")
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _write(path, outcome):
@@ -86,7 +94,7 @@ def _all_ended(outcomes, name):
 
 
 class Outcomes:
-    """How the checks of one launch ended."""
+    """How the checks ended."""
 
     def __init__(self, folder, returncode, output):
         self.folder, self.returncode, self.output = folder, returncode, output
@@ -107,12 +115,13 @@ class Outcomes:
             pytest.skip(outcomes[0]["unavailable"])
 
 
-def launch(checks, folder):
-    """Run a module of checks, ``distributed.<checks>``, in two processes; return their Outcomes."""
+def launch(names, folder):
+    """Run the checks of these modules in two processes; return their Outcomes."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OUTCOMES": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     env["WORLD_SIZE"] = str(RANKS)
-    command = [sys.executable, "-m", f"distributed.{checks}"]
+    code = "import sys; from distributed.launch import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *names]
     said = folder / "output"
     with said.open("w") as output:  # not torchrun, a third process that would import torch
         processes = [

@@ -33,6 +33,7 @@ from distributed.sync_scores import (  # its checks run first
 )
 
 early = []  # converted before there was a process group
+check.before.append(lambda: early.append(net(**SYNC)))
 
 
 def net(schedule=None, **options):
@@ -261,8 +262,3 @@ def models_outlive_process_groups_without_keeping_them_and_agree_in_the_next():
         assert kept(probe(**SYNC), 0) == want
     assert len(calls["new_group"]) == 1
     assert_gone(lambda: kept(given, 0))
-
-
-if __name__ == "__main__":
-    early.append(net(**SYNC))
-    check.main()

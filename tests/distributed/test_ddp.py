@@ -1,26 +1,9 @@
-"""Converted networks under DistributedDataParallel, on two processes; see ddp_checks.py."""
+"""Converted networks before DistributedDataParallel is put around them; see ddp_checks.py."""
 
-import pytest
 from torch import nn
 
 import ssprop_patch as ssp
 from distributed import by_hand
-from distributed.ddp_checks import check
-from distributed.launch import launch
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return launch("ddp_checks", tmp_path_factory.mktemp("ddp"))
-
-
-@pytest.mark.parametrize("name", list(check))
-def test_with_two_processes(outcomes, name):
-    outcomes.assert_passed(name)
-
-
-def test_both_processes_end_well(outcomes):
-    outcomes.assert_ended_well()
 
 
 def test_synchronised_batch_norm_may_be_put_in_after_conversion():

@@ -1,4 +1,4 @@
-"""``sync_selection``: on two processes, see sync_checks.py; and alone, where it changes nothing."""
+"""``sync_selection`` in a single process, where it changes nothing; on two, see sync_checks.py."""
 
 import copy
 import pickle
@@ -9,23 +9,7 @@ import torch.distributed as dist
 
 import ssprop_patch as ssp
 from distributed import by_hand
-from distributed.launch import launch
-from distributed.sync_checks import check
 from ssprop_patch.core import selection
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return launch("sync_checks", tmp_path_factory.mktemp("sync"))
-
-
-@pytest.mark.parametrize("name", list(check))
-def test_with_two_processes(outcomes, name):
-    outcomes.assert_passed(name)
-
-
-def test_both_processes_end_well(outcomes):
-    outcomes.assert_ended_well()
 
 
 @pytest.fixture

@@ -221,6 +221,10 @@ def reading(tmp_path_factory):
     yield functools.cache(lambda page: Reading(page, tmp_path_factory.mktemp(page.stem)))
     ssp.kernels.benchmark = False
     ssp.kernels.clear()
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
     if "accelerate" in sys.modules:  # which keeps what is of one process in singletons
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -316,21 +320,35 @@ def run_python(*arguments: str, cwd: Path) -> str:
 RATES = [f"epoch {epoch}: drop rate {rate}" for epoch, rate in enumerate(["0", "0.8"] * 2)]
 
 
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, which has imported what it needs; returns what it prints."""
+
+    def run(script: Path) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(script)])
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    forget_accelerator()
+    yield run
+    forget_accelerator()
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_an_example_runs(name, run_here):
     pytest.importorskip(EXAMPLES[name])
-    out = run_python(str(ROOT / "examples" / f"{name}.py"), cwd=tmp_path)
+    out = run_here(ROOT / "examples" / f"{name}.py")
     assert [line.partition(",")[0] for line in out.splitlines() if "drop rate" in line] == RATES
 
 
-def test_the_plain_loop_resumes(tmp_path, monkeypatch, capsys):
+def test_the_plain_loop_resumes(tmp_path, run_here):
+    """And runs in a process of its own."""
     pytest.importorskip("sklearn")
-    script = str(ROOT / "examples" / "plain_loop.py")
-    before = run_python(script, "--epochs", "3", cwd=tmp_path).splitlines()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script])
-    runpy.run_path(script, run_name="__main__")
-    after = capsys.readouterr().out.splitlines()
+    script = ROOT / "examples" / "plain_loop.py"
+    before = run_python(str(script), "--epochs", "3", cwd=tmp_path).splitlines()
+    after = run_here(script).splitlines()
     assert len(after) == 1
     assert [line.partition(",")[0] for line in before + after] == RATES
 

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py, in each of two gloo processes."""
+"""A meter under DistributedDataParallel: run by distributed/test_two_processes.py."""
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,3 @@ def accumulation_without_synchronising_counts_every_pass():
         optimizer.step()
         assert {row.totals.backwards for row in meter.report().layers} == {2}
         assert meter.steps == 1
-
-
-if __name__ == "__main__":
-    check.main()

@@ -12,11 +12,17 @@ from ssprop_patch.ops.native import build
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 CASES, AT_A_TIME = 3000, 250
-WITH_SANITIZERS = 200
+PLAIN = 1000  # the cases of a plain run; the others are slow
 
 
 @needs_compiler
-@pytest.mark.parametrize("first", range(0, CASES, AT_A_TIME))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=() if first < PLAIN else pytest.mark.slow)
+        for first in range(0, CASES, AT_A_TIME)
+    ],
+)
 def test_random_cases(first):
     counts = fuzz.run(first, first + AT_A_TIME)
     assert sum(counts.values()) == AT_A_TIME
@@ -64,11 +70,12 @@ def _run(environment, *arguments):
     )
 
 
-def test_random_cases_with_sanitizers(sanitized):
-    done = _run(sanitized, fuzz.__file__, "0", str(WITH_SANITIZERS))
+@pytest.mark.parametrize("cases", [80, pytest.param(400, marks=pytest.mark.slow)])
+def test_random_cases_with_sanitizers(sanitized, cases):
+    done = _run(sanitized, fuzz.__file__, "0", str(cases))
     assert done.returncode == 0, done.stderr[-5000:]
     assert "could not compile" not in done.stderr, done.stderr
-    assert "convolution in C" in done.stdout and f"{WITH_SANITIZERS} cases" in done.stdout
+    assert "convolution in C" in done.stdout and f"{cases} cases" in done.stdout
 
 
 def test_the_sanitizers_see_a_read_behind_the_end(sanitized):

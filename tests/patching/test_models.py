@@ -133,6 +133,26 @@ NETWORKS = {
     "lraspp_mobilenet_v3_large": segmenter("lraspp_mobilenet_v3_large"),
     "raft_small": optical_flow,
 }
+# Slow: like one of the others, or in the sample of the zoo, whose check is the same.
+SLOW = {
+    "coat_lite_tiny",
+    "densenet121",
+    "dpn48b",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "hrnet_w18_small",
+    "inception_v3",
+    "levit_128s",
+    "lraspp_mobilenet_v3_large",
+    "nfnet_f0",
+    "raft_small",
+    "res2net50_14w_8s",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "tf_mixnet_s",
+    "vit_tiny_r_s16_p8_224",
+    "vovnet39a",
+}
+assert not SLOW - NETWORKS.keys()
 FLOAT32 = {"raft_small"}  # makes coordinates in float32, whatever it is given
 
 
@@ -209,7 +229,9 @@ def dtype(name):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETWORKS]
+)
 def test_a_whole_network(name, dtype):
     model, inputs = NETWORKS[name]()
     model.train()

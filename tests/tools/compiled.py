@@ -33,6 +33,23 @@ def net(dtype=torch.float64):
     return Net().to(dtype)
 
 
+class Few(nn.Module):
+    """For what does not depend on the kind of layer: half as long to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.own = WSConv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.own(self.stem(x).tanh())
+
+
+def few():
+    torch.manual_seed(0)
+    return Few().double()
+
+
 def images(batch=2, size=8, dtype=torch.float64):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
 

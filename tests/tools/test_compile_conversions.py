@@ -8,13 +8,11 @@ import torch
 
 import ssprop_patch as ssp
 
-from .compiled import assert_as_eager, assert_same, images, net, sparse_layers, step
-
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+from .compiled import assert_as_eager, assert_same, few, images, sparse_layers, step
 
 
 def test_convert_and_revert_after_compile():
-    model = net()
+    model = few()
     dense = step(model, model)
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(step(call, model), dense)
@@ -31,7 +29,7 @@ def test_convert_and_revert_after_compile():
 
 
 def test_convert_again_with_other_arguments():
-    model = ssp.convert(net(), schedule=0.8)
+    model = ssp.convert(few(), schedule=0.8)
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     step(call, model)
     for arguments in (
@@ -45,7 +43,7 @@ def test_convert_again_with_other_arguments():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_backward_after_revert_is_still_right(compiled):
-    model = net()
+    model = few()
     with oracle.network(model, 0.8):
         expected = step(model, model)
     ssp.convert(model, schedule=0.8)
@@ -58,7 +56,7 @@ def test_a_backward_after_revert_is_still_right(compiled):
 
 
 def test_two_models_of_one_class_keep_their_own_rates():
-    models = [ssp.convert(net(), schedule=rate) for rate in (0.25, 0.75)]
+    models = [ssp.convert(few(), schedule=rate) for rate in (0.25, 0.75)]
     calls = [torch.compile(m, backend="aot_eager", fullgraph=True) for m in models]
     for _ in range(2):
         for call, model, kept in zip(calls, models, (12, 4), strict=True):
@@ -68,7 +66,7 @@ def test_two_models_of_one_class_keep_their_own_rates():
 
 
 def test_a_deepcopy_of_a_compiled_model_has_its_own_rate():
-    call = torch.compile(ssp.convert(net(), schedule=0.75), backend="aot_eager", fullgraph=True)
+    call = torch.compile(ssp.convert(few(), schedule=0.75), backend="aot_eager", fullgraph=True)
     step(call, call)
     other = copy.deepcopy(call)
     ssp.get_controller(other).drop_rate = 0.25
@@ -78,7 +76,7 @@ def test_a_deepcopy_of_a_compiled_model_has_its_own_rate():
 
 
 def test_temporary_rates_around_a_compiled_step():
-    model = ssp.convert(net(), schedule=0.8)
+    model = ssp.convert(few(), schedule=0.8)
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     with ssp.dense(model):
         assert_as_eager(call, model)

@@ -8,7 +8,7 @@ from torch import nn
 import ssprop_patch as ssp
 from ssprop_patch import functional
 
-from .compiled import assert_as_eager, assert_same, images, net, sparse_layers, step
+from .compiled import assert_as_eager, assert_same, few, images, net, sparse_layers, step
 from .networks import WSConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -29,7 +29,7 @@ def test_compiled_gradients_equal_the_oracle():
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "stem", "everything but stem", "input"])
 def test_frozen_parameters(frozen):
-    model, x = net(), images()
+    model, x = few(), images()
     for name, p in model.named_parameters():
         if frozen == "everything but stem":
             p.requires_grad_("stem" in name)
@@ -52,7 +52,7 @@ def test_frozen_parameters(frozen):
     ids=["l2", "random", "callable"],
 )
 def test_selections(selection):
-    model = ssp.convert(net(), schedule=0.6, selection=selection)
+    model = ssp.convert(few(), schedule=0.6, selection=selection)
     controller = ssp.get_controller(model)
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     grads = []

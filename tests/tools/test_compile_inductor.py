@@ -13,7 +13,6 @@ from ssprop_patch.ops.channel_ops import is_channels_last
 
 from .compiled import assert_as_eager, assert_same, images, sparse_layers, step
 from .compiling import INDUCTOR
-from .networks import WSConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -25,7 +24,6 @@ def test_inductor_compiles_two_graphs_that_train_as_eager():
             nn.Conv2d(3, 8, 3, bias=False),
             nn.BatchNorm2d(8),
             nn.ReLU(),
-            WSConv2d(8, 8, 3),
             nn.Conv2d(8, 8, 3, groups=8),
         ).double()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache import find_entry
+from .cell_shape import CellShape
 from .conv_shape import ConvShape
 
 # Neither of the last two changes a result: they let loops be vectorised that call fabs.
@@ -27,7 +28,7 @@ _SECONDS = 120
 
 # OpenMP's threads are those of torch, whose library of that name is loaded already.
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SHAPE = ctypes.POINTER(ConvShape)
+_SHAPE, _CELLS = ctypes.POINTER(ConvShape), ctypes.POINTER(CellShape)
 # The parameters that csrc/ssprop.h declares.
 _PASSES = {
     "channel_sums": (_POINTER, *[_INT64] * 3, _INT, _INT, _POINTER, _POINTER, _INT),
@@ -36,6 +37,8 @@ _PASSES = {
     "take_channels": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_rows": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_sums": (_POINTER, _INT64, _POINTER, *[_INT64] * 3, _POINTER, _INT),
+    "sum_cells": (_POINTER, _CELLS, *[_POINTER] * 2, _INT),
+    "add_cells": (_POINTER, _CELLS, *[_POINTER] * 2, _INT),
     "rows_backward": (*[_POINTER] * 4, *[_INT64] * 4, *[_POINTER] * 3, _INT),
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
@@ -48,7 +51,7 @@ _CONV = {
 }
 # Files and functions. What those return that can fail, tensors.check understands.
 _LIBRARIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
-    "passes": (("channel_ops.c", "batch_norm.c", "rows.c"), _PASSES),
+    "passes": (("channel_ops.c", "batch_norm.c", "cells.c", "rows.c"), _PASSES),
     "conv": (("conv.c", "conv_backward.c", "channel_ops.c", "rows.c"), _CONV),
 }
 

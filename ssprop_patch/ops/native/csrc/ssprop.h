@@ -25,6 +25,13 @@ typedef struct {
 
 _Static_assert(sizeof(ConvShape) == 28 * sizeof(int64_t), "ConvShape has gaps");
 
+/* Maps and how they are divided into cells, see cells.c; native/cells.py has the same fields. */
+typedef struct {
+    int64_t maps, c, length[2], start[2], size[2], number[2];
+} CellShape;
+
+_Static_assert(sizeof(CellShape) == 10 * sizeof(int64_t), "CellShape has gaps");
+
 /* --- channel_ops.c ---------------------------------------------------------------------------- */
 
 void channel_sums(
@@ -61,6 +68,12 @@ int norm_input_grad(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
     const T *sum_dz, const T *sum_dz_xhat, const int64_t *index,
     int64_t k, int64_t n, int64_t c, int64_t s, int last, int relu, T *dy, T *lines, int threads);
+
+/* --- cells.c ---------------------------------------------------------------------------------- */
+
+void sum_cells(const T *maps, const CellShape *s, T *out, T *work, int threads);
+
+void add_cells(const T *values, const CellShape *s, T *maps, T *work, int threads);
 
 /* --- rows.c ----------------------------------------------------------------------------------- */
 
