@@ -82,6 +82,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="model and input in the channels_last memory format",
     )
+    options.add_selection(parser)
     parser.add_argument("--amp", choices=_AMP, help="autocast to bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     options.add_format(parser)
@@ -93,7 +94,11 @@ def run(args: argparse.Namespace) -> None:
     device = _device(args.device)
     torch.manual_seed(0)
     model, inputs = _prepare(load_model(args.model), args, device)
-    common: dict[str, Any] = {"types": options.types(args), "autocast": _AMP.get(args.amp)}
+    common: dict[str, Any] = {
+        "types": options.types(args),
+        "autocast": _AMP.get(args.amp),
+        **options.selection(args),
+    }
     timed = {**common, "iterations": args.iterations}
     try:
         layers = time_layers(model, inputs, args.drop_rate, **timed, progress=_progress)
@@ -166,6 +171,8 @@ def _setting(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "model": args.model,
         "input_size": " and ".join(map(output.shape, args.input_size)),
         "drop_rate": args.drop_rate,
+        "selection": args.selection,
+        "remainder": args.remainder,
         "memory_format": "channels_last" if args.channels_last else "contiguous",
         "amp": args.amp or "off",
         "iterations": args.iterations,

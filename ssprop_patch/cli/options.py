@@ -16,6 +16,8 @@ from ..schedule.parse import parse_schedule
 from ..schedule.schedules import Schedule
 from .models import KINDS
 
+SELECTIONS = ("l1", "l2", "random", "principal")
+REMAINDERS = ("none", "coarse")
 TYPES = {cls.__name__: cls for cls in LAYERS}
 
 
@@ -100,6 +102,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help=f"classes of layers to convert, of {', '.join(TYPES)} (default: the three "
         "convolutions)",
     )
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """``--selection`` and ``--remainder``, as ``convert`` takes them."""
+    parser.add_argument(
+        "--selection",
+        choices=SELECTIONS,
+        default="l1",
+        help="what of the gradient goes back: the channels that score highest by l1 (the paper, "
+        "the default) or l2, random ones, or the gradient's principal directions",
+    )
+    parser.add_argument(
+        "--remainder",
+        choices=REMAINDERS,
+        default="none",
+        help="what becomes of the rest: it is dropped (none, the default), or goes back averaged "
+        "over blocks of positions (coarse)",
+    )
+
+
+def selection(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``--selection`` and ``--remainder`` mean, as arguments of ``convert``."""
+    remainder = None if args.remainder == "none" else args.remainder
+    return {"selection": args.selection, "remainder": remainder}
 
 
 def add_format(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:

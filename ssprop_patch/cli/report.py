@@ -32,9 +32,13 @@ examples:
   ssprop-patch report torchvision:resnet18 --input-size 64 3 224 224 --drop-rate 0.8 --csv
   ssprop-patch report my_nets.py:build --input-size 32 3 64 64 \\
       --schedule "CosineSchedule(0, 0.8, total=30)" --epochs 30
+  ssprop-patch report timm:resnet50 --input-size 8 3 224 224 --drop-rate 0.8 \\
+      --selection principal --remainder coarse
   ssprop-patch report timm:convnext_atto --input-size 16 3 224 224 --types Conv2d Linear \\
       --plot convnext.png
 """
+# The paper's, at which a plan says what directions a layer gets where no rate is given.
+_PLANNED = 0.8
 _FIELDS = (
     "name",
     "class",
@@ -89,6 +93,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="round the number of kept channels up to a multiple of N",
     )
+    options.add_selection(parser)
     options.add_format(parser, plot="the FLOPs of each layer")
     parser.set_defaults(run=run)
 
@@ -97,7 +102,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     _check(args)
     model, classes = load_model(args.model), options.types(args)
-    planned = dry_run(model, types=classes)
+    how = options.selection(args)
+    rate = _PLANNED if args.drop_rate is None else args.drop_rate
+    planned = dry_run(model, types=classes, **how, drop_rate=rate, align=args.align)
     sizes = args.input_size if len(args.input_size) > 1 else args.input_size[0]
     counted = summary(
         model,
@@ -108,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
         epochs=args.epochs,
         steps_per_epoch=args.steps_per_epoch,
         align=args.align,
+        **how,
     )
     if args.json:
         output.print_json(

@@ -76,7 +76,7 @@ class Principal:
         return number % self.refresh_interval == 0 or number in _EARLY
 
 
-def projected_share(c_out: int, n: float, side: Side, kept: float, positions: int) -> float:
+def projected_share(c_out: int, n: float, side: Side, kept: float, positions: float) -> float:
     """Return the cost of the projected products as a share of the dense ones.
 
     Args:
@@ -210,9 +210,18 @@ class Subspace:
                 basis.begin_pass()
         return self.settings.refreshes_at(self.passes - 1)
 
-    def basis(self, name: str, device: torch.device) -> Basis:
-        """Return the directions of ``"dy"``, ``"dx"`` or ``"dw"``."""
+    def basis(self, name: str, device: torch.device, groups: int, size: int) -> Basis:
+        """Return the directions of ``"dy"``, ``"dx"`` or ``"dw"``.
+
+        Args:
+            name: Which.
+            device: Of the gradients.
+            groups: How many groups have directions of their own.
+            size: Length of the vectors. Of another one (a layer was pruned) they begin anew.
+        """
         basis = self.bases.setdefault(name, Basis())
+        if basis.covariance is not None and basis.covariance.shape[:2] != (groups, size):
+            basis = self.bases[name] = Basis()
         basis.to(device)
         return basis
 

@@ -12,8 +12,8 @@ from .principal import Principal, Side, Subspace, cheaper_side, projected_share
 from .selection import ScoreFn, l1_scores, resolve_selection, selectable_channels
 from .selection import Selection as ChannelSelection
 
-# What would cost more than this share of the dense gradient is not done.
-_PAYS = 0.95
+#: What would cost more than this share of the dense gradient is not done.
+PAYS = 0.95
 
 
 class BackwardRule(NamedTuple):
@@ -165,10 +165,10 @@ def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
     if rule.subspace is not None and not extent.is_depthwise:
         side: Side = cheaper_side(group, extent.reads, extent.transposed)
         share = projected_share(group, extent.reads, side, k / group, extent.y_positions or 1)
-        if share + rest < _PAYS:
+        if share + rest < PAYS:
             return BackwardKind(side, rule.block)
     kept = k * extent.choices / extent.channels
-    if rule.block and kept + (1 - kept) * rest >= _PAYS:
+    if rule.block and kept + (1 - kept) * rest >= PAYS:
         return BackwardKind("all")
     return BackwardKind("channels", rule.block)
 

@@ -92,9 +92,18 @@ class Run:
             controller.step(epoch)
             self._told = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the controller's state, plain scalars; empty before a run."""
-        return {} if self.controller is None else self.controller.state_dict()
+    def state_dict(self, tensors: bool = True) -> dict[str, Any]:
+        """Return the controller's state; empty before a run.
+
+        Args:
+            tensors: Whether with what :meth:`tensors` returns; else all of it is plain scalars.
+        """
+        state = {} if self.controller is None else self.controller.state_dict()
+        return {n: v for n, v in state.items() if tensors or n != "layers"}
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the part of the state that has tensors, ``"layers"``; empty if there is none."""
+        return {} if self.controller is None else self.controller.state_dict().get("layers", {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; after :meth:`begin`."""

@@ -47,9 +47,9 @@ class SsPropCallback(*_callback_classes()):  # type: ignore[misc]  # known when 
         revert_at_end: Whether to take the sparse backward off when the fit ends (an exception
             does not end it: it may go on).
         log: Whether to log the drop rate.
-        **convert_arguments: Further arguments of :func:`ssprop_patch.convert`: ``exclude``,
-            ``overrides``, ``filter_fn``, ... Any of them asks for a conversion. Names are those
-            of the LightningModule: ``"model.conv1"``.
+        **convert_arguments: Further arguments of :func:`ssprop_patch.convert`: ``selection``,
+            ``remainder``, ``exclude``, ``overrides``, ... Any of them asks for a conversion. Names
+            are those of the LightningModule: ``"model.conv1"``.
 
     Raises:
         TypeError, ValueError: When made, for an argument that is not valid; when the fit starts,

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
+
+from .._files import replacing
 from ..schedule.schedules import Schedule
 from ._run import DROP_RATE, INSTALL, Run
 
@@ -16,6 +23,10 @@ except ModuleNotFoundError as error:
     raise ImportError(
         f"ssprop_patch.integrations.transformers needs transformers: {INSTALL}"
     ) from error
+
+#: The file beside it in the folder of each checkpoint that has what JSON cannot hold: tensors, of
+#: ``selection="principal"``.
+TENSORS = "ssprop_patch.pt"
 
 #: Where the trainer's state, and so ``trainer_state.json`` of each checkpoint, keeps the
 #: controller's. transformers' ``ExportableState`` would not do: the trainer restores it only on
@@ -42,8 +53,9 @@ class SsPropCallback(TrainerCallback):
         revert_at_end: Whether to take the sparse backward off when the training ends (an exception
             does not end it: it may go on).
         log: Whether to log the drop rate.
-        **convert_arguments: Further arguments of :func:`ssprop_patch.convert`: ``exclude``,
-            ``overrides``, ``filter_fn``, ... Any of them asks for a conversion.
+        **convert_arguments: Further arguments of :func:`ssprop_patch.convert`: ``selection``,
+            ``remainder``, ``exclude``, ``overrides``, ... Any of them asks for a conversion.
+            Under ``selection="principal"`` checkpoints have a file more, ``ssprop_patch.pt``.
 
     Raises:
         TypeError, ValueError: When made, for an argument that is not valid; when the training
@@ -73,7 +85,7 @@ class SsPropCallback(TrainerCallback):
         self._run.begin(model)
         saved = state.stateful_callbacks.get(STATE)
         if saved is not None:
-            self._run.load_state_dict(saved["attributes"])
+            self._run.load_state_dict(_with_tensors(saved["attributes"], args, state))
         self._run.check_continues(state.global_step)
         # The trainer says how much is done (1.4 within epoch 1, 2.0 before epoch 2), not which
         # epoch begins: where one ends early these differ, so count from here.
@@ -90,7 +102,17 @@ class SsPropCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the controller's state where the trainer saves its own."""
-        state.stateful_callbacks[STATE] = {"args": {}, "attributes": self._run.state_dict()}
+        attributes = self._run.state_dict(tensors=False)
+        if self._run.tensors():
+            attributes["tensors"] = TENSORS
+        state.stateful_callbacks[STATE] = {"args": {}, "attributes": attributes}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put what JSON cannot hold beside the trainer's state."""
+        tensors, folder = self._run.tensors(), _usual_folder(args, state)
+        if tensors and state.is_world_process_zero and folder.is_dir():
+            with replacing(folder / TENSORS) as beside:
+                torch.save(tensors, beside)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the rate to the training's logs, for later callbacks and the history."""
@@ -106,3 +128,38 @@ class SsPropCallback(TrainerCallback):
         """Revert, if asked to."""
         if self._revert_at_end:
             self._run.end(model)
+
+
+def _with_tensors(saved: dict[str, Any], args: Any, state: Any) -> dict[str, Any]:
+    """Return the state of a checkpoint, with what lies beside it.
+
+    Raises:
+        ValueError: If that is gone.
+    """
+    if "tensors" not in saved:
+        return saved
+    folders = [_resumed_folder(), _usual_folder(args, state)]
+    files = [folder / TENSORS for folder in dict.fromkeys(folders) if folder is not None]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"the checkpoint of step {state.global_step} has lost {TENSORS}, the directions of its "
+            f"layers: it is in none of {', '.join(str(file) for file in files)}"
+        )
+    return {**saved, "layers": torch.load(found, map_location="cpu", weights_only=True)}
+
+
+def _usual_folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _resumed_folder() -> Path | None:
+    """Return the checkpoint that the trainer goes on from, which it does not tell callbacks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers."):
+            folder = frame.f_locals.get("resume_from_checkpoint")
+            if isinstance(folder, (str, os.PathLike)):
+                return Path(folder)
+        frame = frame.f_back
+    return None

@@ -75,7 +75,7 @@ def output_basis(dy: Tensor, groups: int, k: int, rule: BackwardRule) -> tuple[T
     assert subspace is not None
     with subspace.lock, torch.no_grad():
         refresh = subspace.begin_call()
-        basis = subspace.basis("dy", dy.device)
+        basis = subspace.basis("dy", dy.device, groups, dy.shape[1] // groups)
         refresh = refresh or basis.covariance is None
         if refresh:
             basis.add(_of_all_ranks(covariance(dy, groups), rule), subspace.settings.momentum)
@@ -128,7 +128,12 @@ def along_output(z: Tensor, x: Tensor, w: Tensor, p: ConvParams, u: Tensor, need
         p: Geometry.
         u: Directions of dy, (groups, C_out / groups, k).
     """
-    dx, dw = _gradients(z, x, project_weight(w, u, p), p, needs)
+    if needs[0]:
+        smaller = project_weight(w, u, p)
+    else:  # of which dW needs the shape
+        rows, k = (w.shape[0], u.shape[2]) if p.transposed else (z.shape[1], w.shape[1])
+        smaller = w.new_empty(rows, k, *w.shape[2:])
+    dx, dw = _gradients(z, x, smaller, p, needs)
     return dx, None if dw is None else lift_weight(dw, u, p)
 
 
@@ -172,8 +177,9 @@ def input_bases(
         if subspace.begin_call():
             return None
         found: list[Tensor | None] = []
-        for name, rank, needed in zip(("dx", "dw"), _input_ranks(w, groups, k), needs, strict=True):
-            basis = subspace.basis(name, device) if needed else None
+        sizes = ("dx", w.shape[1]), ("dw", w[0].numel())
+        for size, rank, needed in zip(sizes, _input_ranks(w, groups, k), needs, strict=True):
+            basis = subspace.basis(size[0], device, groups, size[1]) if needed else None
             if basis is not None and basis.covariance is None:
                 return None
             if basis is not None and not basis.fits(rank):
@@ -192,11 +198,11 @@ def refresh_input_bases(
     momentum, energy = subspace.settings.momentum, subspace.settings.energy
     with subspace.lock, torch.no_grad():
         if dx is not None:
-            basis = subspace.basis("dx", dx.device)
+            basis = subspace.basis("dx", dx.device, groups, w.shape[1])
             basis.add(_of_all_ranks(covariance(dx, groups), rule), momentum)
             basis.turn(r, energy)
         if dw is not None:
-            basis = subspace.basis("dw", dw.device)
+            basis = subspace.basis("dw", dw.device, groups, w[0].numel())
             basis.add(_of_all_ranks(gram(dw, groups), rule), momentum)
             basis.turn(s, energy)
 

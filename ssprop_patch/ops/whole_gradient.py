@@ -44,6 +44,8 @@ def whole_backward(
 ) -> Grads:
     """Return (dX, dW, db); None where ``output_mask`` is False. db is that of the whole dy.
 
+    (But that of the kept channels where all that goes back is the paper's choice.)
+
     Args:
         dy: Gradient of the output, (N, C_out, *out).
         x: Input, (N, C_in, *in).
@@ -64,7 +66,9 @@ def whole_backward(
     if kind.selected == "channels":
         if observer is not None:
             observer.backward(x, w, dy, k, output_mask, kind)
-        pair = _along_channels(dy, x, w, p, k, rule, kind, needs, observer)
+        pair, db = _along_channels(dy, x, w, p, k, rule, kind, output_mask, observer)
+        if not kind.block:  # the paper's choice, whole
+            return *pair, db
     else:
         along = _along_output if kind.selected == "output" else _along_input
         pair, used, kind = along(dy, x, w, p, k, rule, kind, needs)
@@ -120,20 +124,21 @@ def _along_channels(
     k: int,
     rule: BackwardRule,
     kind: BackwardKind,
-    needs: Needs,
+    output_mask: OutputMask,
     observer: CallObserver | None,
-) -> DxDw:
+) -> tuple[DxDw, Tensor | None]:
+    needs = output_mask[:2]
     kept = KeptChannels(dy, x, w, p, k, rule.score_fn)
     algorithms = autotune.choose(kept, *needs)
-    dx, dw, _ = algorithms.run(kept, (*needs, False))
+    dx, dw, db = algorithms.run(kept, (*needs, output_mask[2] and not kind.block))
     if observer is not None:
         observer.selected(kept.index)
         observer.computed(str(algorithms))
     if not kind.block:
-        return dx, dw
+        return (dx, dw), db
     twin = FastTwin.of(dy, x, w, p, rule.block)
     rest = twin.pool_output(dy).index_fill(1, kept.index, 0)
-    return _add(twin, (dx, dw), twin.backward(rest, x, w, *needs))
+    return _add(twin, (dx, dw), twin.backward(rest, x, w, *needs)), None
 
 
 def _along_output(

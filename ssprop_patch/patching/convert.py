@@ -20,6 +20,7 @@ from .conversion import Conversion, apply_conversion
 from .dry_run import FilterFn, dry_run
 from .eligibility import DEFAULT_TYPES, Types
 from .layer_kinds import is_patched_layer
+from .layer_rules import rule_of_layer
 from .plan import Plan
 from .reasons import Reason
 from .sync_selection import synchronized
@@ -75,7 +76,8 @@ def convert(
             callable that takes dy, shape (N, C_out, *spatial), and returns (C_out,) scores. Or
             ``"principal"`` (:class:`ssprop_patch.Principal` has its settings): dy goes back along
             its leading directions over channels, as many as channels would be kept; depthwise
-            layers, and those in which that costs more than it saves, keep channels by ``"l1"``.
+            layers, and those in which that costs more than it saves, keep channels by ``"l1"``:
+            ``plan(model, selection="principal")`` says which.
         remainder: What becomes of the gradient that is not selected. None: it is dropped, as in the
             paper. ``"coarse"`` (:class:`ssprop_patch.Coarse` has its settings): it goes back
             averaged over blocks of 4 x 4 positions, for one or two percent of the FLOPs.
@@ -83,7 +85,8 @@ def convert(
             process with the whole batch would keep. By default each rank chooses by its own part
             of the batch, so that the averaged gradient has more non-zero rows than one rank's.
             Costs an all-reduce of C_out numbers for each sparse layer in each backward
-            (accumulated ones too), in a process group of its own; nothing at rate 0, in
+            (accumulated ones too; of C_out ** 2 at refreshes of directions, and nothing between
+            them), in a process group of its own; nothing at rate 0, in
             ``eval()``, or in a single process. Scores of all ranks count the same, whatever their
             batch sizes; ``"random"`` draws from the first rank's seed. All ranks must run the same
             layers in the same order: where one leaves a sparse layer out (data-dependent paths,
@@ -132,7 +135,7 @@ def convert(
         warnings.warn(message, stacklevel=2)
 
     layers = {
-        row.module: LayerPolicy(controller, rule.for_another_layer(), row.drop_rate, align)
+        row.module: LayerPolicy(controller, rule_of_layer(rule, row.module), row.drop_rate, align)
         for row in todo.converted
     }
     roots = {model: controller} if layers else {}

@@ -14,6 +14,7 @@ from ..ops.autograd import needs_backward, sparse
 from ..ops.transforms import in_transform
 from ..schedule.call_counts import note_compiled
 from ..schedule.layer_policy import LayerPolicy
+from .layer_kinds import is_own_weight
 from .weights import is_plain
 
 
@@ -83,11 +84,13 @@ def dispatch(
 ) -> Tensor:
     """Call ``operation`` sparsely as ``policy`` says; densely where it keeps every channel."""
     channels = operation.selectable(weight, geometry.groups)
+    own = not policy.remembers or is_own_weight(module, weight, geometry.groups)
     if torch.compiler.is_compiling():
         note_compiled()
         # Reading the rate here would make one graph per value: the operator reads it.
         if (channels > 1 and policy.can_drop) or policy.is_metered:
-            compiled = policy.controller.rate_tensor, policy.token
+            token = policy.token if own else policy.token_of_others
+            compiled = policy.controller.rate_tensor, token
             return sparse(operation, input, weight, bias, geometry, compiled=compiled)
     else:
         k = policy.kept(channels)
@@ -100,7 +103,7 @@ def dispatch(
                 bias,
                 geometry,
                 k=k,
-                rule=policy.rule,
+                rule=policy.rule if own else policy.rule._replace(subspace=None),
                 observer=policy.observer,
             )
         module._ssprop_membership.calls.kept_all(policy.drop_rate)

@@ -8,6 +8,7 @@ from torch import nn
 
 from .._validate import check_drop_rate
 from ..class_swap import original_class
+from ..core.rule import Remainder, Selection, resolve_rule
 from ..schedule.watchdog import what_ran
 from .eligibility import (
     DEFAULT_TYPES,
@@ -18,6 +19,7 @@ from .eligibility import (
     looks_like_convolution,
 )
 from .layer_kinds import is_patched_layer
+from .layer_rules import choice_of_layer
 from .name_patterns import check_patterns, matches
 from .plan import Plan, PlanRow
 from .reasons import Reason, Verdict
@@ -33,11 +35,16 @@ def dry_run(
     filter_fn: FilterFn | None = None,
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, float] | None = None,
+    selection: Selection = "l1",
+    remainder: Remainder = None,
+    drop_rate: float = 0.8,
+    align: int = 1,
 ) -> Plan:
     """Say what :func:`ssprop_patch.convert` would do to each layer, and change nothing.
 
     Args:
         model, types, filter_fn, exclude, overrides: As for :func:`ssprop_patch.plan`.
+        selection, remainder, drop_rate, align: As there: what of each layer's gradient is selected.
 
     Raises:
         TypeError, ValueError: As :func:`ssprop_patch.plan`.
@@ -50,12 +57,13 @@ def dry_run(
         pattern: check_drop_rate(rate, f"overrides[{pattern!r}]")
         for pattern, rate in (overrides or {}).items()
     }
+    rule, usual = resolve_rule(selection, remainder), check_drop_rate(drop_rate)
     layers = _layers_of(model, types)
     check_patterns((*exclude, *rates), layers)
 
     rows, readers = [], Readers(model)
     for module, aliases in layers.items():
-        verdict, rate = judge(module, types), None
+        verdict, rate, selected = judge(module, types), None, None
         if verdict.action == "convert":
             verdict = readers.judge(module, verdict)
         if verdict.action == "convert":
@@ -65,10 +73,14 @@ def dry_run(
             if pattern is not None:
                 rate = rates[pattern]
                 verdict = verdict.but(f", drop rate {rate:g} by {pattern!r}")
+        if verdict.action == "convert":
+            at = usual if rate is None or usual == 0 else rate
+            selected, words = choice_of_layer(rule, module, at, align)
+            verdict = verdict.but(f", {words}" if words and at else "")
         ran, remark = what_ran(module)
         text = verdict.text + remark
         cls = original_class(type(module))
-        rows.append(PlanRow(aliases[0], module, cls, verdict.reason, text, rate, ran))
+        rows.append(PlanRow(aliases[0], module, cls, verdict.reason, text, rate, ran, selected))
     return Plan(tuple(rows))
 
 

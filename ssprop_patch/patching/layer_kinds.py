@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from ..core import operations
 from ..core.operations import Operation
@@ -40,3 +42,24 @@ def has_own_forward(cls: type[nn.Module]) -> bool:
 def overrides_forward(cls: type[nn.Module]) -> bool:
     """Whether patching replaces ``forward``, not the inner step of torch's convolutions."""
     return has_own_forward(cls) or base_layer(cls) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape that a layer's weight has in each call; None where that is not known.
+
+    Not by the weight itself, which a parametrization would compute.
+    """
+    layer: Any = module
+    if isinstance(module, nn.Linear):
+        return layer.out_features, layer.in_features
+    base = base_layer(type(module))
+    if base is None:
+        return None
+    inputs, outputs, groups = layer.in_channels, layer.out_channels, layer.groups
+    pair = (inputs, outputs // groups) if LAYERS[base].transposed else (outputs, inputs // groups)
+    return (*pair, *layer.kernel_size)
+
+
+def is_own_weight(module: nn.Module, weight: Tensor, groups: int) -> bool:
+    """Whether a call's weight is the layer's own, not a part of it or one of several."""
+    return weight.shape == weight_shape(module) and groups == getattr(module, "groups", 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .._text import columns
+from ..core.rule import Selected
 from ..schedule.call_counts import Ran
 from .reasons import Action, Reason
 
@@ -23,6 +24,8 @@ class PlanRow:
         why: Why it is converted or not.
         reason: The same in words, with the details.
         drop_rate: The layer's own rate from ``overrides``, or None.
+        selected: What of its gradient goes back as it is: ``"channels"``, or directions on its
+            ``"output"`` or ``"input"`` side; None if it is not converted.
         ran: How often it ran since it was converted, sparse and dense; None if it is not.
     """
 
@@ -33,6 +36,7 @@ class PlanRow:
     reason: str
     drop_rate: float | None = None
     ran: Ran | None = None
+    selected: Selected | None = None
 
     @property
     def action(self) -> Action:

@@ -85,6 +85,20 @@ class SynchronizedScores:
         dist.all_reduce(scores, group=group)
         return scores
 
+    def sum_over_ranks(self, sample: Tensor) -> Tensor:
+        """Return a covariance of gradients, summed over the process group.
+
+        So all ranks project on the same directions: those of the whole batch.
+
+        Args:
+            sample: Of one rank; it may be changed.
+        """
+        group = self._group_in_use(sample.device)
+        if group is not None:
+            sample = sample.contiguous()
+            dist.all_reduce(sample, group=group)
+        return sample
+
     def _group_in_use(self, device: torch.device) -> Any:
         """Return the group to reduce over, or None where there is nobody to agree with."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

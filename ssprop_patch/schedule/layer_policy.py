@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ..core.rule import BackwardRule
@@ -15,7 +16,7 @@ class LayerPolicy:
 
     Args:
         controller: Holds the rate.
-        rule: What of the gradient goes back; its state is this layer's own.
+        rule: What of the gradient goes back; its state is this layer's own, and of its own weight.
         override: This layer's own rate whenever the controller's is above 0.
         align: The number of kept channels is rounded up to a multiple of it.
         observer: Gets a report of each call in training mode, dense ones too: for a meter.
@@ -41,7 +42,11 @@ class LayerPolicy:
         self.can_drop = self.override != 0.0
         self.is_metered = self.observer is not None
         self.settings = LayerSettings(self.rule, self.override, self.align, self.observer)
-        self.token = token_of(self.settings)
+        self.token = self.token_of_others = token_of(self.settings)
+        self.remembers = self.rule.subspace is not None
+        if self.remembers:  # but nothing of a weight that is not the layer's own
+            others = dataclasses.replace(self.settings, rule=self.rule._replace(subspace=None))
+            self.token_of_others = token_of(others)
 
     def metered(self, observer: CallObserver) -> LayerPolicy:
         """Return the same policy with a report of each call to ``observer``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,14 +90,16 @@ def _check_layer(name: str, module: Any, state: Any) -> None:
         raise ValueError(f"{name}: not the state of a layer's directions")
     if not fits:
         raise ValueError(
-            f"{name}: the state is of another layer: its covariances have the shapes {given}, "
-            f"the weight has {tuple(module.weight.shape)}"
+            f"{name}: the state is of another layer, its covariances have the shapes {given}: "
+            f"this is {module}"
         )
 
 
 def _sizes(module: Any) -> dict[str, int]:
     """Return the lengths of the vectors that a layer's directions are of."""
-    weight, groups = module.weight, getattr(module, "groups", 1)
-    if getattr(module, "transposed", False):
-        return {"dy": weight.shape[1]}
-    return {"dy": weight.shape[0] // groups, "dx": weight.shape[1], "dw": weight[0].numel()}
+    if isinstance(module, nn.Linear):
+        n = module.in_features
+        return {"dy": module.out_features, "dx": n, "dw": n}
+    n = module.in_channels // module.groups
+    sizes = {"dy": module.out_channels // module.groups}
+    return sizes if module.transposed else {**sizes, "dx": n, "dw": n * prod(module.kernel_size)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._device import waiter
 from .._torch_compat import tree_leaves
 from .._validate import check_count, check_drop_rate
-from ..core.selection import Selection, resolve_selection
+from ..core.rule import TOP_K, BackwardKind, Remainder, Selection, resolve_rule
 from ..flops.trace import Shape
 from ..ops.autograd import make_lazy
 from ..ops.channel_scores import lazy_order
@@ -43,7 +43,7 @@ class LayerTime:
         dense_ms, sparse_ms: Milliseconds.
         kernel: How the sparse backward is computed: ``"gather"``,
             ``"matmul"``, ``"mask"``, ..., or ``"forward/mask"`` where dX and dW differ;
-            ``"dense"`` where it keeps all channels.
+            ``"output side"`` or ``"input side"`` of directions; ``"dense"`` where it keeps all.
         with_norm: Whether the batch norm right after it is in both times, because the sparse side
             saves a part of its backward, too.
     """
@@ -98,6 +98,7 @@ def time_layers(
     overrides: Mapping[str, float] | None = None,
     align: int = 1,
     selection: Selection = "l1",
+    remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
     progress: Callable[[int, int], None] | None = None,
@@ -113,7 +114,8 @@ def time_layers(
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         drop_rate: Of the sparse side.
         types, filter_fn: Which layers, as for :func:`ssprop_patch.convert`.
-        overrides, align, selection: Of the sparse side, as there.
+        overrides, align, selection, remainder: Of the sparse side, as there. Refreshes of
+            directions are rare: a median does not show them.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each side.
         progress: Is called with how many of how many layers are done.
@@ -129,7 +131,8 @@ def time_layers(
     iterations = check_count(iterations, "iterations", 1)
     todo = dry_run(model, types=types, filter_fn=filter_fn, overrides=overrides)
     rows = {row.module: row for row in todo.converted}
-    order = lazy_order(resolve_selection(selection))
+    rule = resolve_rule(selection, remainder)
+    order = lazy_order(rule.score_fn) if rule.is_top_k else None
     calls = record_calls(model, list(rows), inputs, autocast, order)
     timed: dict[tuple[str, float], tuple[Quantiles, Quantiles, str]] = {}
     found = []
@@ -139,7 +142,13 @@ def time_layers(
         own = rate if row.drop_rate is None or rate == 0 else row.drop_rate
         key = call.key, own
         if key not in timed:
-            sparse = {"schedule": own, "types": types, "align": align, "selection": selection}
+            sparse = {
+                "schedule": own,
+                "types": types,
+                "align": align,
+                "selection": selection,
+                "remainder": remainder,
+            }
             timed[key] = _time(call, sparse, autocast, iterations)
         found.append(
             LayerTime(
@@ -241,6 +250,9 @@ def _training_pass(
     return run
 
 
+_KERNELS = {"all": "dense", "output": "output side", "input": "input side"}
+
+
 class _KernelRecord:
     """Takes note of how the sparse backward of a layer is computed."""
 
@@ -255,8 +267,11 @@ class _KernelRecord:
     def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
         pass
 
-    def backward(self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Any) -> None:
-        pass
+    def backward(
+        self, x: Tensor, w: Tensor, dy: Tensor, k: int, mask: Any, kind: BackwardKind = TOP_K
+    ) -> None:
+        if kind.selected != "channels":
+            self.kernel = _KERNELS[kind.selected]
 
     def computed(self, algorithms: str) -> None:
         self.kernel = algorithms

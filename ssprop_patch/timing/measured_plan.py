@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.selection import Selection, resolve_selection
+from ..core.rule import Remainder, Selection
 from ..patching.dry_run import FilterFn, dry_run
 from ..patching.eligibility import DEFAULT_TYPES, Types
 from ..patching.plan import Plan, PlanRow
@@ -34,6 +34,7 @@ def plan(
     drop_rate: float = 0.8,
     align: int = 1,
     selection: Selection = "l1",
+    remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
 ) -> Plan:
@@ -65,8 +66,10 @@ def plan(
             model runs compiled, once for each choice. Measure before wrapping in DDP.
         inputs: What the model is called with while measuring, on the device and in the memory
             format of the training: a tensor, a tuple of positional or a dict of keyword arguments.
-        drop_rate, align, selection: Of the sparse side while measuring, as for
-            :func:`ssprop_patch.convert`.
+        drop_rate, align, selection, remainder: As for :func:`ssprop_patch.convert`, of the sparse
+            side while measuring. And under ``selection="principal"`` the plan says what each layer
+            gets at that rate: directions on the output or the input side, or the paper's choice,
+            and why.
         autocast: The dtype of autocast while measuring, or None for none.
         iterations: Measurements of each side.
 
@@ -78,7 +81,7 @@ def plan(
         TypeError: If ``model`` is not a module, a pattern not text, or ``types`` not classes.
         ValueError: If a pattern matches no layer of the plan (the nearest names are shown), a rate
             is not in [0, 1), one of ``types`` cannot have a sparse backward, there is no such
-            ``selection``, or ``measure`` and ``inputs`` come without each other.
+            ``selection`` or ``remainder``, or ``measure`` and ``inputs`` come without each other.
     """
     if measure != (inputs is not None):
         raise ValueError(
@@ -86,8 +89,17 @@ def plan(
             if measure
             else "inputs are for measuring: plan(model, inputs=x, measure=True)"
         )
-    resolve_selection(selection)
-    planned = dry_run(model, types=types, filter_fn=filter_fn, exclude=exclude, overrides=overrides)
+    planned = dry_run(
+        model,
+        types=types,
+        filter_fn=filter_fn,
+        exclude=exclude,
+        overrides=overrides,
+        selection=selection,
+        remainder=remainder,
+        drop_rate=drop_rate,
+        align=align,
+    )
     if inputs is None:
         return planned
     timing: dict[str, Any] = {
@@ -95,6 +107,7 @@ def plan(
         "overrides": overrides,
         "align": align,
         "selection": selection,
+        "remainder": remainder,
         "autocast": autocast,
         "iterations": iterations,
     }

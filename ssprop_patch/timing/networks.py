@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._device import waiter
 from .._torch_compat import tree_leaves
 from .._validate import check_count, check_drop_rate
-from ..core.selection import Selection
+from ..core.rule import Remainder, Selection
 from ..flops.trace import untouched
 from ..patching.conversion import Conversion, apply_conversion
 from ..patching.convert import convert, revert
@@ -32,6 +32,7 @@ def time_networks(
     overrides: Mapping[str, float] | None = None,
     align: int = 1,
     selection: Selection = "l1",
+    remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
 ) -> dict[str, Quantiles]:
@@ -44,7 +45,8 @@ def time_networks(
         model: Any module, converted or not; on the device and in the memory format to be timed.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         choices: By name, the layers that are converted, at a constant rate; there may be none.
-        drop_rate, types, overrides, align, selection: As for :func:`ssprop_patch.convert`.
+        drop_rate, types, overrides, align, selection, remainder: As for
+            :func:`ssprop_patch.convert`.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each choice.
 
@@ -70,6 +72,7 @@ def time_networks(
                     overrides=overrides,
                     align=align,
                     selection=selection,
+                    remainder=remainder,
                     filter_fn=partial(_is_among, layers),
                 )
             conversions[name] = Conversion.of(model)

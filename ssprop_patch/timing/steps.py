@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch.optim import Optimizer
 
 from .._device import waiter
 from .._validate import check_count, check_drop_rate
+from ..core.rule import Remainder, Selection
 from ..metering import EnergyCounter
 from ..patching.conversion import Conversion, apply_conversion
-from ..patching.convert import converted, revert
+from ..patching.convert import convert, revert
 from ..patching.eligibility import DEFAULT_TYPES, Types
 from .interleaved import Quantiles, alternate
 from .networks import loss_of
@@ -77,6 +79,8 @@ def time_steps(
     drop_rate: float = 0.8,
     *,
     types: Types = DEFAULT_TYPES,
+    selection: Selection = "l1",
+    remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
 ) -> list[StepTime]:
@@ -88,13 +92,14 @@ def time_steps(
     Args:
         model: Any module in training mode, on the device and in the memory format to be timed.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        drop_rate, types, autocast, iterations: As for :func:`time_layers`.
+        drop_rate, types, selection, remainder, autocast, iterations: As for :func:`time_layers`.
 
     Returns:
         A row for each of ``MODES``.
     """
     iterations = check_count(iterations, "iterations", 1)
-    with _sides(model, inputs, drop_rate, types, autocast) as sides:
+    sparse = _sparse(drop_rate, types, selection, remainder)
+    with _sides(model, inputs, sparse, autocast) as sides:
         taken = alternate(sides, iterations)
     return [StepTime(mode, taken["dense"][i], taken["sparse"][i]) for i, mode in enumerate(MODES)]
 
@@ -106,6 +111,8 @@ def joules_per_step(
     drop_rate: float = 0.8,
     *,
     types: Types = DEFAULT_TYPES,
+    selection: Selection = "l1",
+    remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     seconds: float = _ENERGY_SECONDS,
 ) -> dict[str, float]:
@@ -115,7 +122,8 @@ def joules_per_step(
     """
     joules = {"dense": 0.0, "sparse": 0.0}
     steps = {"dense": 0, "sparse": 0}
-    with _sides(model, inputs, drop_rate, types, autocast) as sides:
+    sparse = _sparse(drop_rate, types, selection, remainder)
+    with _sides(model, inputs, sparse, autocast) as sides:
         for step in sides.values():
             step()
         for side in ("dense", "sparse", "sparse", "dense"):
@@ -130,16 +138,21 @@ def joules_per_step(
     return {side: joules[side] / steps[side] for side in joules}
 
 
+def _sparse(
+    drop_rate: float, types: Types, selection: Selection, remainder: Remainder
+) -> dict[str, Any]:
+    rate = check_drop_rate(drop_rate)
+    return {"schedule": rate, "types": types, "selection": selection, "remainder": remainder}
+
+
 @contextlib.contextmanager
 def _sides(
     model: nn.Module,
     inputs: Inputs,
-    drop_rate: float,
-    types: Types,
+    sparse: Mapping[str, Any],
     autocast: torch.dtype | None,
 ) -> Iterator[Mapping[str, Callable[[], list[float]]]]:
     """Yield a training step as it is and a converted one, of the same model."""
-    rate = check_drop_rate(drop_rate)
     args, kwargs = as_arguments(inputs)
     device = device_of(model, inputs)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -152,12 +165,19 @@ def _sides(
     step = training_step(loss, optimizer, device)
 
     def sparse_step() -> list[float]:
-        with converted(model, rate, types=types):
+        apply_conversion(conversion, within=model)
+        try:
             return step()
+        finally:
+            revert(model)
 
     before = Conversion.of(model)
     revert(model)
     try:
+        # Once for all steps, as directions last from one to the next.
+        convert(model, **sparse)
+        conversion = Conversion.of(model)
+        revert(model)
         yield {"dense": step, "sparse": sparse_step}
     finally:
         optimizer.zero_grad()

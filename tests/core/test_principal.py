@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from math import inf
 
 import pytest
 import torch
@@ -216,7 +217,7 @@ def filled():
     for n in range(3):
         subspace.begin_call()
         for name in ("dx", "dw"):
-            basis = subspace.basis(name, CPU)
+            basis = subspace.basis(name, CPU, 1, 6)
             basis.add(sample(6, seed=n), 0.5)
             basis.turn(2, None)
     return subspace
@@ -226,11 +227,19 @@ def assert_goes_on_alike(a, b):
     assert b.passes == a.passes and set(b.bases) == set(a.bases)
     for subspace in (a, b):
         subspace.begin_call()
-        subspace.basis("dx", CPU).add(sample(6, seed=9), 0.5)
+        subspace.basis("dx", CPU, 1, 6).add(sample(6, seed=9), 0.5)
     for name, basis in a.bases.items():
         assert torch.equal(basis.covariance, b.bases[name].covariance)
         assert torch.equal(basis.vectors, b.bases[name].vectors)
         assert b.bases[name].fits(2)
+
+
+def test_directions_of_another_size_begin_anew():
+    subspace = filled()
+    dw = subspace.bases["dw"]
+    assert subspace.basis("dx", CPU, 1, 5).covariance is None
+    assert subspace.basis("dw", CPU, 2, 6) is not dw
+    assert subspace.basis("dw", CPU, 2, 6).covariance is None
 
 
 def through_a_file(subspace):
@@ -291,15 +300,15 @@ def test_settings_that_are_not_valid(wrong):
 
 
 def test_costs_of_the_sides():
+    # Of many positions.
     # A 3x3 of 64 to 64: U'dy costs C k at each position, the two products 2 n k instead of 2 n C.
-    assert projected_share(64, 576, "output", 0.25, 128) == pytest.approx(
-        0.25 * (1 + 64 / 1152 + 64 / 128)
-    )
+    assert projected_share(64, 576, "output", 0.25, inf) == pytest.approx(0.25 * (1 + 64 / 1152))
     # A 1x1 of 16 to 96: of each product its share, and back from there r n for n C.
-    assert projected_share(96, 16, "input", 0.25, 128) == pytest.approx(
-        0.25 * (1 + 16 / 96 + 16 / 128)
-    )
+    assert projected_share(96, 16, "input", 0.25, inf) == pytest.approx(0.25 * (1 + 16 / 96))
     for c_out, n in [(64, 576), (96, 16), (10, 7), (20, 14), (7, 10)]:
-        cheaper = min(("output", "input"), key=lambda s: projected_share(c_out, n, s, 0.5, 10**9))
+        cheaper = min(("output", "input"), key=lambda s: projected_share(c_out, n, s, 0.5, inf))
         assert cheaper_side(c_out, n) == cheaper
         assert cheaper_side(c_out, n, transposed=True) == "output"
+    # Of few, turning the weight costs k n C twice, as much as the products of C positions.
+    assert projected_share(64, 576, "output", 0.25, 128) == pytest.approx(0.25 * (1.5 + 64 / 1152))
+    assert projected_share(96, 16, "input", 0.25, 32) == pytest.approx(0.25 * (1.5 + 16 / 96))

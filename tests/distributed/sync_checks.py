@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import ssprop_patch as ssp
-from distributed import by_hand
+from distributed import by_hand, sync_directions
 from distributed.fsdp_checks import needs_fsdp2
 from distributed.sync_scores import (  # its checks run first
     SCORES,
@@ -31,6 +31,8 @@ from distributed.sync_scores import (  # its checks run first
     two_largest,
     watched,
 )
+
+assert sync_directions.check is check  # whose checks run, too
 
 early = []  # converted before there was a process group
 check.before.append(lambda: early.append(net(**SYNC)))

@@ -19,12 +19,15 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:lightning", "ignore:.*LeafSpec", "error:the training goes on at step"
 )
 
+# Refreshes before and after each place where a run is interrupted.
+FREQUENT = ssp.Principal(refresh_interval=3)
 
 CONVERSIONS = {
     "epochs": lambda: SsPropCallback(BAR),
     "steps": lambda: SsPropCallback(by_step()),
     "steps per epoch": lambda: SsPropCallback(BAR, steps_per_epoch=4),
     "random": lambda: SsPropCallback(BAR, selection="random"),
+    "principal": lambda: SsPropCallback(BAR, selection=FREQUENT, remainder="coarse"),
 }
 
 

@@ -32,11 +32,15 @@ class Stop(TrainerCallback):
         raise KeyboardInterrupt
 
 
+# Refreshes before and after each place where a run is interrupted.
+FREQUENT = ssp.Principal(refresh_interval=3)
+
 CONVERSIONS = {
     "epochs": lambda: SsPropCallback(BAR),
     "steps": lambda: SsPropCallback(by_step()),
     "steps per epoch": lambda: SsPropCallback(BAR, steps_per_epoch=4),
     "random": lambda: SsPropCallback(BAR, selection="random"),
+    "principal": lambda: SsPropCallback(BAR, selection=FREQUENT, remainder="coarse"),
 }
 
 
@@ -59,6 +63,30 @@ def test_a_resumed_training_is_the_uninterrupted_one(conversion, after, tmp_path
     assert run.state.global_step == 20 and len(first) == after
     assert first + second == rates
     by_hand.assert_same(model, expected)
+
+
+def test_directions_lie_beside_the_trainers_state(tmp_path):
+    """JSON does not hold tensors; and a checkpoint may be moved."""
+    make = CONVERSIONS["principal"]
+    expected, rates = uninterrupted("principal")
+    train(tmp_path / "a", make(), Stop(7))
+    saved = tmp_path / "a" / "checkpoint-7"
+    assert "layers" not in (saved / "trainer_state.json").read_text()
+    layers = torch.load(saved / "ssprop_patch.pt", weights_only=True)
+    # Those that keep channels at this rate have none.
+    assert {layer["passes"] for layer in layers.values()} == {0, 2}
+    moved = saved.rename(tmp_path / "moved")
+    model, second, _ = train(tmp_path / "b", make(), resume=str(moved))
+    assert second == rates[7:]
+    by_hand.assert_same(model, expected)
+    (moved / "ssprop_patch.pt").unlink()
+    with pytest.raises(ValueError, match=r"step 7 has lost ssprop_patch\.pt.*moved"):
+        train(tmp_path / "b", make(), resume=str(moved))
+
+
+def test_without_directions_there_is_no_file_beside_it(tmp_path):
+    train(tmp_path, SsPropCallback(BAR, remainder="coarse"), Stop(7))
+    assert not list(tmp_path.rglob("ssprop_patch.pt"))
 
 
 def test_a_resumed_training_of_a_converted_model(tmp_path):

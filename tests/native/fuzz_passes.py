@@ -6,9 +6,22 @@ from dataclasses import dataclass
 import fuzz_reference
 import torch
 
+from ssprop_patch.core.coarse import Cells
 from ssprop_patch.ops import channel_ops, native
+from ssprop_patch.ops.coarse_twin import FastCells
 
-PASSES = ("sums", "largest", "chosen", "take", "put rows", "put sums", "rows", "norm", "norm")
+PASSES = (
+    "sums",
+    "largest",
+    "chosen",
+    "take",
+    "put rows",
+    "put sums",
+    "rows",
+    "norm",
+    "norm",
+    "cells",
+)
 
 
 @dataclass
@@ -52,6 +65,24 @@ def _sums(rng, normal, t, index):
         t.flatten(1)[0, 0] = rng.choice((math.inf, math.nan)) if t.is_contiguous() else 1.0
     expected = t.double().abs().pow(order).sum([0, *range(2, t.dim())])
     fuzz_reference.assert_close(channel_ops.channel_sum(t, order), expected, "channel_sum")
+
+
+def _cells(rng, normal, t, index):
+    """Cells of maps, where C reads, and writes, what lies in cells that reach over an edge."""
+    if t.dim() < 3 or not t.numel():
+        return
+    length = tuple(t.shape[2:])
+    size = tuple(rng.choice((1, 2, 3, 4, 4)) for _ in length)
+    start = tuple(min(rng.choice((0, 0, -2, 1)), n - 1) for n in length)
+    number = tuple(rng.randint(1, 3) for _ in length)
+    cells, plain = FastCells(length, start, size, number), Cells(length, start, size, number)
+    with torch.no_grad():
+        expected = plain.sums(t.double())
+        fuzz_reference.assert_close(cells.sums(t), expected, "cells.sums")
+        values = normal(*t.shape[:2], *number)
+        if t.is_contiguous() or native.is_available(t):
+            got = cells.add_spread(t.clone(), values)
+            fuzz_reference.assert_close(got, t.double() + plain.spread(values.double()), "add")
 
 
 def _groups(rng, channels):
@@ -175,4 +206,5 @@ _RUN = {
     "put sums": _put_sums,
     "rows": _rows,
     "norm": _norm,
+    "cells": _cells,
 }

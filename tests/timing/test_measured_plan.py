@@ -131,7 +131,12 @@ def test_measured_leaves_out_what_stays_dense(monkeypatch):
 def test_measured_as_it_will_be_converted(monkeypatch):
     asked = timed(monkeypatch, {"0": [(1, 2.0, 1.0)]})
     settings = dict(
-        overrides={"^1$": 0.25}, align=2, selection="l2", autocast=torch.bfloat16, iterations=7
+        overrides={"^1$": 0.25},
+        align=2,
+        selection="l2",
+        remainder="coarse",
+        autocast=torch.bfloat16,
+        iterations=7,
     )
     ssp.plan(two_convolutions(), inputs=torch.randn(1, 3, 8, 8), measure=True, **settings)
     assert asked["layers"] == asked["networks"] == settings

@@ -1,0 +1,95 @@
+"""``sync_selection`` and directions: those of the whole batch, the same on all ranks."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from patching.by_reference import TYPES, images, loss, make, subspaces
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import ssprop_patch as ssp
+from distributed.sync_scores import SYNC, check, gradient, watched
+
+
+def bases(model):
+    return {
+        (name, key): basis for name, s in subspaces(model).items() for key, basis in s.bases.items()
+    }
+
+
+def of_ranks(t):
+    """The tensor of each rank."""
+    found = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, t.contiguous())
+    return found
+
+
+@check
+def covariances_are_those_of_the_whole_batch():
+    for rule in ({}, {"remainder": "coarse"}):
+        conv = nn.Conv2d(2, 8, 3, padding=1).double()
+        ssp.convert(conv, 0.75, selection="principal", **rule, **SYNC)
+        expected = None
+        for seed in range(3):
+            conv(torch.ones(3, 2, 4, 4).double()).backward(gradient(dist.get_rank(), seed))
+            both = torch.cat([gradient(rank, seed) for rank in range(2)])
+            s = torch.einsum("nchw,ndhw->cd", both, both)
+            s = s / s.trace()
+            expected = s if expected is None else 0.5 * expected + 0.5 * s
+        torch.testing.assert_close(subspaces(conv)[""].bases["dy"].covariance[0], expected)
+
+
+@check
+def all_ranks_have_the_same_directions():
+    for sync in (True, False):
+        torch.manual_seed(0)
+        net = make()
+        net.norm = nn.GroupNorm(4, 16).double()
+        ssp.convert(net, 0.7, types=TYPES, selection="principal", remainder="coarse", **SYNC)
+        if not sync:
+            ssp.convert(net, 0.7, types=TYPES, selection="principal", remainder="coarse")
+        model = DDP(net)
+        for seed in range(4):
+            model.zero_grad()
+            loss(model, images(2 * seed + dist.get_rank())).backward()
+        found = bases(net)
+        assert len(found) == 7
+        same = [
+            all(torch.equal(of_ranks(t)[0], of_ranks(t)[1]) for t in (b.covariance, b.vectors))
+            for b in found.values()
+        ]
+        assert all(same) if sync else not any(same), same
+        for p in net.parameters():
+            first, second = of_ranks(p.grad)
+            assert torch.equal(first, second)
+
+
+@check
+def only_refreshes_of_directions_are_sent():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3).double()
+    ssp.convert(conv, 0.75, selection="principal", **SYNC)
+    sent = []
+    for seed in range(6):
+        with watched() as calls:
+            conv(images(seed)).pow(2).sum().backward()
+        sent.append([call.args[0].numel() for call in calls["all_reduce"]])
+    assert sent == [[64], [64], [64], [], [64], []]
+    twin = copy.deepcopy(conv)
+    with watched() as calls:
+        for _ in range(3):
+            twin(images()).pow(2).sum().backward()
+    assert len(calls["all_reduce"]) == 1  # the ninth pass
+
+
+@check
+def what_is_not_finite_on_one_rank_refreshes_nothing_on_any():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3).double()
+    ssp.convert(conv, 0.75, selection="principal", **SYNC)
+    conv(images()).pow(2).sum().backward()
+    before = subspaces(conv)[""].bases["dy"].covariance.clone()
+    scale = torch.inf if dist.get_rank() else 1.0
+    (conv(images(1)).pow(2).sum() * scale).backward()
+    assert torch.equal(subspaces(conv)[""].bases["dy"].covariance, before)
