@@ -75,6 +75,7 @@ def _cells(rng, normal, t, index):
     size = tuple(rng.choice((1, 2, 3, 4, 4)) for _ in length)
     start = tuple(min(rng.choice((0, 0, -2, 1)), n - 1) for n in length)
     number = tuple(rng.randint(1, 3) for _ in length)
+    start = tuple(max(a, 1 - n * s) for a, n, s in zip(start, number, size, strict=True))
     cells, plain = FastCells(length, start, size, number), Cells(length, start, size, number)
     with torch.no_grad():
         expected = plain.sums(t.double())
