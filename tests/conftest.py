@@ -111,6 +111,7 @@ PAIRS = [
     "ops/test_higher_derivatives.py",
     "ops/triton_kernels/test_chosen_channels.py",
     "ops/triton_kernels/test_sums.py",
+    "patching/test_models.py::test_a_single_layer_with_every_padding",
     "patching/test_weights.py",
     "timing/test_layers.py",
     "tools/test_compile_operators.py",

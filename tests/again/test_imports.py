@@ -224,8 +224,9 @@ for name in ["ssprop_patch", *names, "ssprop_patch"]:
     t += 1
     assert controller.t == t, (name, controller.t, t)
     assert rows(model) == [[4, 4], [2, 2]][t % 2], name
-    if t % 6 == 0:  # it may be compiled again, which takes longer than all the rest
-        assert rows(compiled_model, compiled) == [4, 4], name
+    if t % 3 and name != "ssprop_patch":
+        continue  # what a module breaks is still broken when the next ones are reloaded
+    assert rows(compiled_model, compiled) == [4, 4], name
     assert rows(copy.deepcopy(model)) == rows(model), name
     fresh = ssp.convert(make(), steps(ssp))
     assert rows(fresh) == [4, 4], name

@@ -54,7 +54,7 @@ def sanitized():
         **os.environ,
         "LD_PRELOAD": f"{said[0]} {said[2]}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's are many
-        "SSPROP_PATCH_CFLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "SSPROP_PATCH_CFLAGS": "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
     }
