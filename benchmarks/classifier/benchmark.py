@@ -49,11 +49,13 @@ class Benchmark:
         )
         shape = (options.batch_size, self.channels, self.data.size, self.data.size)
         costs.check(model, shape, options.model)
-        self.cost = costs.StepCost(
-            model, shape, selection=options.selection, remainder=options.remainder
-        )
+        self.costs = {
+            name: costs.StepCost(model, shape, selection=o.selection, remainder=o.remainder)
+            for name, method in METHODS.items()
+            for o in [method.options(options)]
+        }
         self.plan = costs.plan(
-            self.cost, self.schedule, options.epochs, self.batches.steps_per_epoch
+            self.costs["ssprop"], self.schedule, options.epochs, self.batches.steps_per_epoch
         )
         self.store = Store(options.output)
         self.store.open(
@@ -122,16 +124,19 @@ class Benchmark:
                 )
 
     def _train(self, run: Run, show: Callable[[int, str], None]) -> dict[str, Any]:
+        options = METHODS[run.method].options(self.options)
+        schedule = ssp.parse_schedule(options.schedule)
         trained = training.train(
             run,
-            self.options,
+            options,
             self.batches,
             lambda: self._build_with_channels()[0],
-            self.schedule,
+            schedule,
             self.store.checkpoint(run.name),
             show,
         )
-        result = results.gather(run, trained, self.options, self.batches, self.schedule, self.cost)
+        cost = self.costs[run.method]
+        result = results.gather(run, trained, options, self.batches, schedule, cost)
         self.store.finish(run.name, result)
         return result
 

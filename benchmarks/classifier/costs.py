@@ -132,7 +132,7 @@ def _not_convolutions(counter: FlopCounterMode, without: Collection[str]) -> int
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each method trains."""
+    """How long each method trains; those that are no dense training of equal compute, in full."""
 
     steps: dict[str, int]
     rates: list[float]  # the schedule's drop rate at each step of the sparse method

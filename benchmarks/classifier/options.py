@@ -21,13 +21,30 @@ class Method:
     label: str  # in tables and plots
     short: str  # where dense is named beside it
     sparse: bool = False  # converted by ssprop_patch
-    equal_compute: bool = False  # the steps are cut to the FLOPs of the sparse method
+    equal_compute: bool = False  # the steps are cut to the FLOPs of ssProp
+    # Instead of what the options say of these.
+    schedule: str | None = None
+    selection: str | None = None
+    remainder: str | None = None
+
+    def options(self, options: Options) -> Options:
+        """Return the options of this method's runs."""
+        own = {name: getattr(self, name) for name in ("schedule", "selection", "remainder")}
+        return dataclasses.replace(options, **{n: v for n, v in own.items() if v is not None})
 
 
 METHODS = {
     "dense": Method("dense", "dense"),
     "ssprop": Method("ssProp", "ssProp", sparse=True),
     "dense-equal": Method("dense, equal compute", "equal compute", equal_compute=True),
+    "whole-gradient": Method(
+        "whole gradient",
+        "whole gradient",
+        sparse=True,
+        schedule="ConstantSchedule(0.8)",
+        selection="principal",
+        remainder="coarse",
+    ),
 }
 
 # Epochs and batch size where the user gives none. The digits are for a first look on a laptop.
@@ -123,11 +140,13 @@ def _number(kind: type, low: float, below: float = float("inf"), above: bool = F
 _COUNT = _number(int, 1)
 
 _DESCRIPTION = """\
-Train an image classifier three ways and compare what it costs and what it reaches:
-  dense        the ordinary training
-  ssprop       converted by ssprop_patch, with the paper's default schedule unless --schedule
-  dense-equal  the ordinary training, cut to as many steps as cost the FLOPs (forward and
-               backward, whole training) of ssprop; its learning-rate schedule is compressed
+Train an image classifier four ways and compare what it costs and what it reaches:
+  dense           the ordinary training
+  ssprop          converted by ssprop_patch, with the paper's default schedule unless --schedule
+  dense-equal     the ordinary training, cut to as many steps as cost the FLOPs (forward and
+                  backward, whole training) of ssprop; its learning-rate schedule is compressed
+  whole-gradient  converted at a constant drop rate of 0.8, with selection="principal" and
+                  remainder="coarse"
 All methods see, for a seed, the same initial weights, the same images in the same order and the
 same crops. Seed by seed the methods take turns, so that a drift of the machine hits all alike.
 """

@@ -18,7 +18,12 @@ from matplotlib.figure import Figure
 from classifier.options import METHODS
 
 # Told apart by eyes that see few colours, and in grey by their markers.
-_LOOKS = {"dense": ("#444444", "o"), "ssprop": ("#0072B2", "s"), "dense-equal": ("#D55E00", "^")}
+_LOOKS = {
+    "dense": ("#444444", "o"),
+    "ssprop": ("#0072B2", "s"),
+    "dense-equal": ("#D55E00", "^"),
+    "whole-gradient": ("#009E73", "D"),
+}
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -83,9 +83,12 @@ def _title(row: Row) -> str:
 def _caption(rows: Sequence[Row]) -> str:
     seeds = len({r["seed"] for r in rows})
     over = f"mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    schedule = next((r["schedule"] for r in rows if r["schedule"]), None)
+    schedules = (r["schedule"] for r in rows if r["method"] == "ssprop")
+    schedule = next(filter(None, schedules), None)
+    whole = next((r for r in rows if r["method"] == "whole-gradient" and r["schedule"]), None)
+    own = "" if whole is None else _whole_gradient(whole)
     return (
-        f"ssProp's schedule: {schedule or 'drops nothing'}.\n"
+        f"ssProp's schedule: {schedule or 'drops nothing'}.\n{own}"
         f"Values: {over}. / dense: the ratio, seed by seed; of accuracy the difference.\n"
         f"Accuracy: after the last step, on {rows[0]['test_images']} test images.\n"
         f"FLOPs: of the whole training, convolutions and matrix products.\n"
@@ -93,3 +96,8 @@ def _caption(rows: Sequence[Row]) -> str:
         f"median;\na step is batch, forward, backward and optimizer; training is all steps, "
         f"without evaluation."
     )
+
+
+def _whole_gradient(row: Row) -> str:
+    rule = f"selection={row['selection']!r}, remainder={row['remainder']!r}"
+    return f"Whole gradient: {row['schedule']}, {rule}.\n"

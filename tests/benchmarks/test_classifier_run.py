@@ -27,7 +27,7 @@ TINY = ["--train-images", "64", "--batch-size", "32", "--model", "resnet8_narrow
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Run all three methods for three epochs; return the output folder and what was printed."""
+    """Run all four methods for three epochs; return the output folder and what was printed."""
     folder = tmp_path_factory.mktemp("benchmark") / "out"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -54,12 +54,21 @@ def test_prints_one_table_with_all_methods_and_says_where_the_files_are(benchmar
 def test_csv_agrees_with_the_package_and_with_itself(benchmark):
     folder, _ = benchmark
     runs = {row["method"]: row for row in rows_in(folder)}
-    assert list(runs) == ["dense", "ssprop", "dense-equal"]
+    assert list(runs) == ["dense", "ssprop", "dense-equal", "whole-gradient"]
     dense, sparse = runs["dense"], runs["ssprop"]
     assert dense["steps"] == sparse["steps"] == "6"
     assert sparse["sparse_steps"] == "2"  # epochs are dense, sparse, dense
     assert dense["sparse_steps"] == runs["dense-equal"]["sparse_steps"] == "0"
     assert sparse["schedule"] == "BarSchedule(0.8, period=2)"
+    whole = runs["whole-gradient"]
+    assert whole["sparse_steps"] == whole["steps"] == "6"
+    rule = {name: whole[name] for name in ("schedule", "selection", "remainder")}
+    assert rule == {
+        "schedule": "ConstantSchedule(0.8)",
+        "selection": "principal",
+        "remainder": "coarse",
+    }
+    assert 0.4 < float(whole["total_flops"]) / float(dense["total_flops"]) < 0.8
     assert 0.5 < float(sparse["total_flops"]) / float(dense["total_flops"]) < 0.9
     assert dense["forward_flops"] == sparse["forward_flops"]
     for row in runs.values():
