@@ -27,7 +27,7 @@ def test_compiled_steps_are_the_eager_ones(rule):
     torch.manual_seed(0)
     eager = ssp.convert(Net().double(), 0.7, types=TYPES, **RULES[rule])
     model = copy.deepcopy(eager)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in range(4):
         for net, call in ((eager, eager), (model, compiled)):
             net.zero_grad()
@@ -49,7 +49,7 @@ def test_a_part_of_the_weight_keeps_channels_in_compiled_code_too():
 
     torch.manual_seed(0)
     layer = ssp.convert(Slim(3, 16, 3), 0.75, selection="principal")
-    compiled = torch.compile(layer, backend="aot_eager")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     compiled(torch.randn(2, 3, 8, 8)).square().mean().backward()
     assert int(layer.weight.grad.flatten(1).any(1).sum()) == 2
     assert subspaces(layer)[""].passes == 0
