@@ -114,6 +114,7 @@ PAIRS = [
     "ops/test_gradients.py",
     "ops/test_heuristics.py",
     "ops/test_higher_derivatives.py",
+    "ops/test_torch_samples.py",
     "ops/triton_kernels/test_chosen_channels.py",
     "ops/triton_kernels/test_sums.py",
     "patching/test_models.py::test_a_single_layer_with_every_padding",
