@@ -341,3 +341,16 @@ def test_presets_are_schedules_of_the_same_mean_rate():
     assert sum(map(paper, range(10))) == pytest.approx(sum(map(steady, range(10))))
     model = ssp.convert(torch.nn.Conv2d(2, 4, 1))
     assert ssp.get_controller(model).schedule is paper
+
+
+def test_the_recipe_is_what_convert_takes():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    ssp.convert(model, **ssp.presets.whole_gradient(0.6))
+    controller = ssp.get_controller(model)
+    assert controller.schedule == ssp.ConstantSchedule(0.6)
+    model(torch.randn(2, 3, 9, 9)).sum().backward()
+    assert set(controller.state_dict()["layers"]) == {"0", "1"}  # directions, of both
+    # The remainder leaves no row of a gradient zero.
+    assert all((m.weight.grad.flatten(1) != 0).any(1).all() for m in model)
+    with pytest.raises(ValueError, match="drop_rate"):
+        ssp.presets.whole_gradient(1.0)
