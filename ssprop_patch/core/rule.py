@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 from typing import Literal, NamedTuple
 
 from .coarse import Coarse, count_blocks
@@ -35,6 +35,11 @@ class BackwardRule(NamedTuple):
     def is_top_k(self) -> bool:
         """Whether the kept channels are all that goes back: the paper's rule."""
         return not self.block and self.subspace is None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes select together, each of which has to take part."""
+        return hasattr(self.score_fn, "sum_over_ranks")
 
     def for_another_layer(self) -> BackwardRule:
         """Return the same rule with a state of its own."""
@@ -164,7 +169,9 @@ def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
     group = extent.channels // extent.groups
     if rule.subspace is not None and not extent.is_depthwise:
         side: Side = cheaper_side(group, extent.reads, extent.transposed)
-        share = projected_share(group, extent.reads, side, k / group, extent.y_positions or 1)
+        # What several processes do together must not depend on the batch of one.
+        positions = inf if rule.is_shared else extent.y_positions
+        share = projected_share(group, extent.reads, side, k / group, positions)
         if share + rest < PAYS:
             return BackwardKind(side, rule.block)
     kept = k * extent.choices / extent.channels

@@ -57,9 +57,15 @@ def whole_backward(
         observer: Gets a report of what ran.
     """
     needs = output_mask[:2]
-    extent = Extent.of(x.shape, w.shape, dy.shape, p.groups, p.transposed, rule.block)
-    kind = kind_of(rule, extent, k)
-    if kind.selected == "all" or not any(needs) or not dy.numel():
+    if not dy.numel():
+        grads = dense_backward(dy, x, w, p, output_mask)
+        if rule.is_shared and any(needs):
+            _take_part(dy, x, w, p, k, rule, grads)
+        if observer is not None:
+            observer.backward(x, w, dy, k, output_mask, BackwardKind("all"))
+        return grads
+    kind = kind_of(rule, _extent(dy, x, w, p, rule), k)
+    if kind.selected == "all" or not any(needs):
         if observer is not None:
             observer.backward(x, w, dy, k, output_mask, BackwardKind("all"))
         return dense_backward(dy, x, w, p, output_mask)
@@ -76,6 +82,29 @@ def whole_backward(
             observer.backward(x, w, dy, used, output_mask, kind)
     db = dy.sum([0, *range(2, dy.dim())]) if output_mask[2] else None
     return *pair, db
+
+
+def _extent(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, rule: BackwardRule) -> Extent:
+    return Extent.of(x.shape, w.shape, dy.shape, p.groups, p.transposed, rule.block)
+
+
+def _take_part(
+    dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, k: int, rule: BackwardRule, grads: Grads
+) -> None:
+    """Do with an empty batch what the other processes wait for."""
+    one = Extent.of(
+        (1, *x.shape[1:]), w.shape, (1, *dy.shape[1:]), p.groups, p.transposed, rule.block
+    )
+    kind = kind_of(rule, one, k)
+    if kind.selected == "channels":
+        _ = KeptChannels(dy, x, w, p, k, rule.score_fn).index
+    elif kind.selected == "output":
+        output_basis(dy, p.groups, k, rule)
+    elif kind.selected == "input":
+        dx, dw, _ = grads
+        needs = dx is not None, dw is not None
+        if input_bases(w, p.groups, k, rule, needs, dy.device) is None:
+            refresh_input_bases(dx, dw, w, p.groups, k, rule)
 
 
 def whole_linear_backward(

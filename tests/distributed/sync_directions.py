@@ -93,3 +93,18 @@ def what_is_not_finite_on_one_rank_refreshes_nothing_on_any():
     scale = torch.inf if dist.get_rank() else 1.0
     (conv(images(1)).pow(2).sum() * scale).backward()
     assert torch.equal(subspaces(conv)[""].bases["dy"].covariance, before)
+
+
+@check
+def a_rank_with_fewer_samples_or_none_takes_part_in_whatever_the_other_does():
+    for selection, remainder in (("l1", "coarse"), ("principal", None), ("principal", "coarse")):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 1)).double()
+        ssp.convert(net, 0.6, selection=selection, remainder=remainder, **SYNC)
+        for number in range(6):  # refreshes, and two passes without one
+            # One sample: of so few positions turning the weight of one process would not pay.
+            samples = 4 if dist.get_rank() == 0 else (1, 0, 0, 1, 0, 1)[number]
+            net(torch.randn(samples, 3, 6, 6).double()).square().sum().backward()
+        for basis in bases(net).values():
+            first, second = of_ranks(basis.vectors)
+            assert torch.equal(first, second)
