@@ -43,12 +43,18 @@ class Source:
     origin: str
     digest: str
 
-    def data(self, share: float = 1.0, seed: int = 0) -> Data:
-        """Return a share (0 < share <= 1) of the training images with all test images."""
+    def data(self, share: float = 1.0, seed: int = 0, test_share: float = 1.0) -> Data:
+        """Return a share (0 < share <= 1) of the training images, which depends on the seed.
+
+        Args:
+            test_share: Of the test images, the same for all seeds.
+        """
         chosen = stratified(self.train[1], share, seed)
         train = (self.train[0][chosen], self.train[1][chosen])
+        tested = stratified(self.test[1], test_share, 0)
+        test = (self.test[0][tested], self.test[1][tested])
         flip = self.name not in _NOT_MIRRORED
-        return in_memory(self.name, train, self.test, flip, train[0].shape[-1])
+        return in_memory(self.name, train, test, flip, train[0].shape[-1])
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> Tensor:

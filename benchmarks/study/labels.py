@@ -79,6 +79,8 @@ def condition(settings: Settings) -> str:
     if settings.pretrained:
         how[0] += " from ImageNet weights"
     how.append(f"{100 * settings.share:g} % of the training images")
+    if settings.test_share != 1:
+        how[-1] += f", {100 * settings.test_share:g} % of the test images"
     how.append("augmented" if settings.augment else "not augmented")
     how.append(f"{settings.epochs} epochs, batch {settings.batch_size}")
     how.append(f"{settings.optimizer} lr {settings.lr:g} {settings.lr_schedule}")

@@ -142,7 +142,7 @@ def train(
     Raises:
         UserError: If the settings do not go together or do not fit the images.
     """
-    data = source.data(settings.share, settings.seed)
+    data = source.data(settings.share, settings.seed, settings.test_share)
     if len(data.train) < settings.batch_size:
         raise UserError(
             f"batch_size {settings.batch_size} is more than the {len(data.train)} training images "

