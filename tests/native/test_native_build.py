@@ -1,5 +1,6 @@
 """How the C functions are compiled, what is said where they are not, and what C declares."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from native_checks import needs_compiler
 import ssprop_patch
 from ssprop_patch.ops import channel_ops, native
 from ssprop_patch.ops.native import build
+from ssprop_patch.ops.native.cell_shape import CellShape
 from ssprop_patch.ops.native.conv_shape import ConvShape
 
 if sys.version_info >= (3, 11):
@@ -159,6 +161,8 @@ def prototypes():
 def type_of(parameter):
     if "ConvShape" in parameter:
         return build._SHAPE
+    if "CellShape" in parameter:
+        return build._CELLS
     if "*" in parameter:
         return build._POINTER
     return {"int64_t": build._INT64, "int": build._INT}[parameter.split()[0]]
@@ -166,29 +170,30 @@ def type_of(parameter):
 
 def test_python_calls_what_the_header_declares():
     declared = {name: tuple(map(type_of, parameters)) for name, parameters in prototypes()}
-    assert declared == {**build._PASSES, **build._CONV} and len(declared) == 13
+    assert declared == {**build._PASSES, **build._CONV} and len(declared) == 15
 
 
 @needs_compiler
-def test_the_shape_of_a_convolution_lies_alike_in_c_and_python(tmp_path):
-    names = [field[0] for field in ConvShape._fields_]
+@pytest.mark.parametrize("shape", [ConvShape, CellShape])
+def test_shapes_lie_alike_in_c_and_python(tmp_path, shape):
+    names, cls = [field[0] for field in shape._fields_], shape.__name__
     printed = "".join(
-        f'printf("%zu %zu\\n", offsetof(ConvShape, {name}), sizeof(((ConvShape *)0)->{name}));'
+        f'printf("%zu %zu\\n", offsetof({cls}, {name}), sizeof((({cls} *)0)->{name}));'
         for name in names
     )
     source, program = tmp_path / "main.c", tmp_path / "main"
     source.write_text(
         '#include "ssprop.h"\n#include <stddef.h>\n#include <stdio.h>\n'
-        f'int main(void) {{ {printed} printf("%zu\\n", sizeof(ConvShape)); }}'
+        f'int main(void) {{ {printed} printf("%zu\\n", sizeof({cls})); }}'
     )
     compiler = build.find_compiler()
     subprocess.run(
         [*compiler, "-DT=float", f"-I{CSRC}", str(source), "-o", str(program)], check=True
     )
     said = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
-    fields = [getattr(ConvShape, name) for name in names]
+    fields = [getattr(shape, name) for name in names]
     expected = [number for field in fields for number in (field.offset, field.size)]
-    assert [int(number) for number in said] == [*expected, 28 * 8]
+    assert [int(number) for number in said] == [*expected, ctypes.sizeof(shape)]
 
 
 def test_the_sources_are_packaged():
