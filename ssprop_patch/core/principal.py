@@ -36,7 +36,7 @@ _EARLY = (0, 1, 2, 4, 8, 12)
 # Of larger covariances the directions are followed by subspace iteration, of smaller ones eigh is
 # as fast.
 _EIGH_UP_TO = 128
-_FIRST_ITERATIONS, _ITERATIONS = 4, 1
+_FIRST_ITERATIONS, _ITERATIONS = 6, 1
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,17 @@ class Basis:
         mixed = momentum * before + (1 - momentum) * (total / trace)
         self.covariance = torch.where(torch.isfinite(trace) & (trace > 0), mixed, before)
 
-    def turn(self, k: int, energy: float | None) -> None:
-        """Compute the directions from the covariance."""
+    def turn(self, k: int, energy: float | None, warm: bool = False) -> None:
+        """Compute the directions from the covariance.
+
+        Args:
+            k: How many.
+            energy: As of :class:`Principal`.
+            warm: Whether the present ones are near enough to begin with. The first ones may be of a
+                gradient that was zero, as behind norms that begin with a scale of zero.
+        """
         assert self.covariance is not None
-        self.vectors = _leading(self.covariance, k, energy, self.vectors)
+        self.vectors = _leading(self.covariance, k, energy, self.vectors if warm else None)
         self._asked = k
 
     def fits(self, k: int) -> bool:
@@ -209,6 +216,11 @@ class Subspace:
             for basis in self.bases.values():
                 basis.begin_pass()
         return self.settings.refreshes_at(self.passes - 1)
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the passes are over in which the directions turn fast."""
+        return self.passes > _EARLY[-1] + 1
 
     def basis(self, name: str, device: torch.device, groups: int, size: int) -> Basis:
         """Return the directions of ``"dy"``, ``"dx"`` or ``"dw"``.

@@ -80,7 +80,7 @@ def output_basis(dy: Tensor, groups: int, k: int, rule: BackwardRule) -> tuple[T
         if refresh:
             basis.add(_of_all_ranks(covariance(dy, groups), rule), subspace.settings.momentum)
         if refresh or not basis.fits(k):
-            basis.turn(k, subspace.settings.energy)
+            basis.turn(k, subspace.settings.energy, subspace.is_warm)
         assert basis.vectors is not None
         return basis.vectors, refresh
 
@@ -183,7 +183,7 @@ def input_bases(
             if basis is not None and basis.covariance is None:
                 return None
             if basis is not None and not basis.fits(rank):
-                basis.turn(rank, subspace.settings.energy)
+                basis.turn(rank, subspace.settings.energy, subspace.is_warm)
             found.append(None if basis is None else basis.vectors)
         return InputBases(*found)
 
@@ -200,11 +200,11 @@ def refresh_input_bases(
         if dx is not None:
             basis = subspace.basis("dx", dx.device, groups, w.shape[1])
             basis.add(_of_all_ranks(covariance(dx, groups), rule), momentum)
-            basis.turn(r, energy)
+            basis.turn(r, energy, subspace.is_warm)
         if dw is not None:
             basis = subspace.basis("dw", dw.device, groups, w[0].numel())
             basis.add(_of_all_ranks(gram(dw, groups), rule), momentum)
-            basis.turn(s, energy)
+            basis.turn(s, energy, subspace.is_warm)
 
 
 def _input_ranks(w: Tensor, groups: int, k: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from ..schedule.call_observer import CallObserver
 from . import autotune
 from .channel_gradients import KeptChannels
 from .coarse_twin import FastTwin
+from .native.tensors import check_memory
 from .projection import (
     DxDw,
     Needs,
@@ -56,6 +57,8 @@ def whole_backward(
         output_mask: Which of dX, dW, db are needed.
         observer: Gets a report of what ran.
     """
+    for saved in (x, w):  # which not all of the operations below notice
+        check_memory(saved)
     needs = output_mask[:2]
     if not dy.numel():
         grads = dense_backward(dy, x, w, p, output_mask)

@@ -73,7 +73,7 @@ def test_iterations_on_one_covariance_reach_eigh():
     s = sample(192, decay=0.9)
     basis = basis_of(s)
     for _ in range(12):
-        basis.turn(20, None)
+        basis.turn(20, None, warm=True)
     best = torch.linalg.eigvalsh(s)[0, -20:].sum() / s[0].trace()
     torch.testing.assert_close(energy(basis.vectors, s)[0], best, rtol=1e-5, atol=0)
 
@@ -312,3 +312,17 @@ def test_costs_of_the_sides():
     # Of few, turning the weight costs k n C twice, as much as the products of C positions.
     assert projected_share(64, 576, "output", 0.25, 128) == pytest.approx(0.25 * (1.5 + 64 / 1152))
     assert projected_share(96, 16, "input", 0.25, 32) == pytest.approx(0.25 * (1.5 + 16 / 96))
+
+
+def test_a_gradient_that_is_zero_at_first_costs_no_later_directions():
+    torch.manual_seed(0)
+    root = torch.randn(192, 192) * torch.logspace(0, -2, 192)
+    s, subspace, k = (root @ root.t()).unsqueeze(0), Subspace(), 38
+    for number in range(2):
+        subspace.begin_call()
+        basis = subspace.basis("dy", CPU, 1, 192)
+        basis.add(s * number, 0.5)
+        basis.turn(k, None, subspace.is_warm)
+    u = basis.vectors[0]
+    most = torch.linalg.eigvalsh(s[0])[-k:].sum()
+    assert (u.t() @ s[0] @ u).trace() > 0.98 * most

@@ -8,7 +8,9 @@ import oracle
 import pytest
 import torch
 from core.twins import convolve, layers
+from torch import nn
 
+import ssprop_patch as ssp
 from ssprop_patch import Coarse, Principal, Subspace, functional
 from ssprop_patch.core import reference
 from ssprop_patch.core.geometry import ConvParams
@@ -274,3 +276,24 @@ def test_functional_has_nowhere_to_keep_directions(selection):
     x, w = torch.randn(2, 3, 9, 9), torch.randn(10, 3, 3, 3)
     with pytest.raises(ValueError, match=r"ssprop_patch\.Subspace\(\), and pass that"):
         functional.conv2d(x, w, drop_rate=0.7, selection=selection)
+
+
+@pytest.mark.parametrize("which", ["input", "weight"])
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d, nn.Linear])
+@pytest.mark.parametrize(
+    "rule", [{"selection": "principal"}, {"remainder": "coarse"}], ids=lambda rule: next(iter(rule))
+)
+def test_memory_that_is_gone_is_an_error(rule, layer, which):
+    net = layer(8, 16, *(() if layer is nn.Linear else (1,)))
+    shape = (2, 5, 5, 8) if layer is nn.Linear else (2, 8, 5, 5)
+    ssp.convert(net, 0.7, types=(layer,), **rule)
+    for _ in range(4):  # the last of them refreshes no directions
+        net(torch.randn(shape)).sum().backward()
+    x = torch.randn(shape, requires_grad=True)
+    y = net(x)
+    taken = x if which == "input" else net.weight
+    size = taken.untyped_storage().nbytes()
+    taken.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"storage|data is not allocated"):
+        y.backward(torch.ones_like(y))
+    taken.untyped_storage().resize_(size)
