@@ -1,72 +1,57 @@
-"""What the command lines of bench_conv.py, bench_step.py and plot.py take, and how it is read."""
+"""What bench_conv.py and bench_step.py have in common: options, and the loop over what is timed."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from rows import Row, append, table
 from torch import nn
 
+import ssprop_patch as ssp
+from ssprop_patch._progress import Progress
+from ssprop_patch.cli.options import TYPES, D, Parser, count, drop_rate
+
 #: The layers that can have a sparse backward, by their names in small letters.
-KINDS: dict[str, type[nn.Module]] = {
-    cls.__name__.lower(): cls
-    for cls in (
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-        nn.Linear,
+KINDS: dict[str, type[nn.Module]] = {name.lower(): getattr(nn, name) for name in TYPES}
+
+
+def add_timing(parser: argparse.ArgumentParser) -> None:
+    """Add what both take."""
+    parser.add_argument("--drop-rate", type=drop_rate, default=0.8, metavar="D", help=D)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--channels-last", action="store_true", help="where the layer has it")
+    parser.add_argument(
+        "--measured-kernels",
+        action="store_true",
+        help="ssp.kernels.benchmark: the first pass chooses kernels",
     )
-}
+    parser.add_argument("--iterations", type=count, default=15, help="measurements of each side")
+    parser.add_argument("--warmup", type=count, default=3, help="measurements before them")
+    parser.add_argument("--output", type=Path, help="append the rows to this CSV")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's own, without the page of usage in front of the one line that matters."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> Any:
-        """End the program with one line."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-def reader(function: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Make the message of a ValueError argparse's own."""
-
-    def read(text: str) -> Any:
+def measure_all(
+    parser: Parser,
+    args: argparse.Namespace,
+    things: Sequence[Any],
+    measure: Callable[[Any, argparse.Namespace], list[Row]],
+) -> list[Row]:
+    """Measure each thing and append its rows to ``--output``; return all rows."""
+    if args.output:
         try:
-            return function(text)
+            table(args.output).check()
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read
-
-
-def drop_rate(text: str) -> float:
-    """Read a number from 0 to below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:  # nan, too
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
-    return value
-
-
-def count(text: str) -> int:
-    """Read a whole number above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
-    return value
+            parser.error(str(error))
+    ssp.kernels.benchmark = args.measured_kernels
+    rows: list[Row] = []
+    with Progress("measured") as progress:
+        for done, thing in enumerate(things):
+            progress(done, len(things), f"now {thing.name}")
+            found = measure(thing, args)
+            if args.output:
+                append(args.output, found)
+            rows += found
+    return rows

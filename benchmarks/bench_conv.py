@@ -21,18 +21,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import KINDS, Parser, count, drop_rate, reader
+from arguments import KINDS, add_timing, measure_all
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from rows import Row, Setting, append, check_header, compare
+from rows import Row, Setting, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
+from ssprop_patch._text import sizes
+from ssprop_patch.cli.options import Parser, reader
 from ssprop_patch.timing import alternate, time_layers, waiter
 
 MODES = ("forward", "backward", "both")
@@ -155,13 +155,13 @@ def _geometry(
     kernel: str, options: dict[str, str], spatial: int, transposed: bool
 ) -> dict[str, Any]:
     """Take what is a convolution's out of ``options``."""
-    sizes = _numbers(kernel, "KERNEL", spatial)
+    lengths = _numbers(kernel, "KERNEL", spatial)
     dilation = _numbers(options.pop("dilation", "1"), "dilation", spatial)
-    half = [0 if transposed else d * (k - 1) // 2 for k, d in zip(sizes, dilation, strict=True)]
-    padding = options.pop("padding", "x".join(map(str, half)))
+    half = [0 if transposed else d * (k - 1) // 2 for k, d in zip(lengths, dilation, strict=True)]
+    padding = options.pop("padding", sizes(half))
     (groups,) = _numbers(options.pop("groups", "1"), "groups", 1)
     return {
-        "kernel_size": sizes,
+        "kernel_size": lengths,
         "dilation": dilation,
         "groups": groups,
         "stride": _numbers(options.pop("stride", "1"), "stride", spatial),
@@ -321,37 +321,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SPEC",
         default=[LayerSpec.parse(text) for text in LAYERS],
     )
-    parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
     parser.add_argument("--selection", default="l1", choices=("l1", "l2", "random"))
-    parser.add_argument("--device", default="cpu")
     number = parser.add_mutually_exclusive_group()
     number.add_argument(
         "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
     )
     number.add_argument("--amp", action="store_true", help="float32 under bfloat16 autocast")
-    parser.add_argument("--channels-last", action="store_true", help="where the layer has it")
-    parser.add_argument(
-        "--measured-kernels",
-        action="store_true",
-        help="ssp.kernels.benchmark: the first pass chooses kernels",
-    )
-    parser.add_argument("--iterations", type=count, default=15, help="measurements of each side")
-    parser.add_argument("--warmup", type=count, default=3, help="measurements before them")
-    parser.add_argument("--output", type=Path, help="append the rows to this CSV")
+    add_timing(parser)
     args = parser.parse_args(arguments)
-    if args.output:
-        try:
-            check_header(args.output)
-        except ValueError as error:
-            parser.error(str(error))
-    ssp.kernels.benchmark = args.measured_kernels
+    rows = measure_all(parser, args, args.layer, measure)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    rows: list[Row] = []
-    for spec in track(args.layer, "layers", console=console):
-        found = measure(spec, args)
-        if args.output:
-            append(args.output, found)
-        rows += found
     show(rows, console)
     return 0
 

@@ -23,20 +23,19 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import torch
-from arguments import KINDS, Parser, count, drop_rate, reader
+from arguments import KINDS, add_timing, measure_all
 from networks import UNET, Network, classifiers
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from rows import Row, Setting, append, check_header, compare
+from rows import Row, Setting, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
+from ssprop_patch.cli.options import SELECTIONS, Parser, count, reader
 from ssprop_patch.timing import MODES, alternate, training_step
 
 # name:batch:pixels, what a small machine trains in a second or so
@@ -134,6 +133,7 @@ def make_sparse(
                 drop_rate=rate,
                 measure=True,
                 align=args.align,
+                progress=False,  # there is one bar already
             ).pays
     heads = classifiers(model)
 
@@ -161,7 +161,10 @@ def flops_left(model: nn.Module, shape: Sequence[int], args: argparse.Namespace)
     """Return the part of the backward FLOPs of the layers of ``--types`` that a side leaves."""
     if not ssp.is_converted(model):
         return 1.0
-    return 1 - ssp.summary(model, input_size=shape, types=_types(args)).backward_saved
+    found = ssp.summary(model, input_size=shape, types=_types(args))
+    layers = [(row.dense_backward, row.sparse_backward) for row in found.layers]
+    dense, sparse = map(sum, zip(*layers, strict=True))
+    return sparse / dense
 
 
 def make_step(
@@ -281,10 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="convert these classes of layers, too: linear, "
         "convtranspose2d, ...; a linear classifier stays dense",
     )
-    parser.add_argument("--drop-rate", type=drop_rate, default=0.8)
-    parser.add_argument(
-        "--selection", nargs="+", default=["l1"], choices=("l1", "l2", "random", "principal")
-    )
+    parser.add_argument("--selection", nargs="+", default=["l1"], choices=SELECTIONS)
     parser.add_argument(
         "--remainder",
         nargs="+",
@@ -296,9 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
     )
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
     parser.add_argument(
@@ -306,30 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="add the side plan: the layers that a plan chooses",
     )
-    parser.add_argument(
-        "--measured-kernels",
-        action="store_true",
-        help="ssp.kernels.benchmark: the first step chooses kernels",
-    )
-    parser.add_argument("--iterations", type=count, default=15, help="steps of each side")
-    parser.add_argument("--warmup", type=count, default=3, help="steps before them")
-    parser.add_argument("--output", type=Path, help="append the rows to this CSV")
+    add_timing(parser)
     args = parser.parse_args(arguments)
-    if args.output:
-        try:
-            check_header(args.output)
-        except ValueError as error:
-            parser.error(str(error))
     if has_rules(args) and args.measured_plan:
         parser.error("--measured-plan is for one --selection and one --remainder")
-    ssp.kernels.benchmark = args.measured_kernels
+    rows = measure_all(parser, args, args.network, measure)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    rows: list[Row] = []
-    for network in track(args.network, "networks", console=console):
-        found = measure(network, args)
-        if args.output:
-            append(args.output, found)
-        rows += found
     (show_rules if has_rules(args) else show)(rows, console)
     return 0
 

@@ -16,10 +16,10 @@ from classifier import data, models
 from classifier.batches import Batches
 from classifier.options import UserError, parse
 from classifier.training import evaluate
-from files import replacing, write_atomically
-from rich.progress import track
 
 import ssprop_patch as ssp
+from ssprop_patch._files import replacing, write_atomically
+from ssprop_patch._progress import Progress
 
 
 def main() -> None:
@@ -52,15 +52,17 @@ def main() -> None:
         model.parameters(), options.lr, momentum=0.9, weight_decay=options.weight_decay
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.amp == "bf16")
-    for epoch in track(range(options.epochs), "epochs"):
-        model.train()
-        for x, labels in batches.train(0, epoch, steps):
-            with autocast:
-                loss = F.cross_entropy(model(x), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    correct, _ = evaluate(model, batches, autocast)
+    with Progress("steps") as progress:
+        for epoch in range(options.epochs):
+            model.train()
+            for x, labels in batches.train(0, epoch, steps):
+                with autocast:
+                    loss = F.cross_entropy(model(x), labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                progress(meter.steps, options.epochs * steps, f"epoch {epoch}")
+    correct, _ = evaluate(model, batches.test(), autocast)
 
     report = meter.report()
     print(report)

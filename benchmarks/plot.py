@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from arguments import Parser
-from files import replacing
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rows import Row, Setting, read
+
+from ssprop_patch._files import replacing
+from ssprop_patch.cli.options import Parser
 
 # Told apart by eyes that see few colours (Okabe and Ito); the sides by their markers, in grey too.
 _COLOURS = {"backward": "#0072B2", "step": "#D55E00", "both": "#D55E00"}

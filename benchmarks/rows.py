@@ -6,8 +6,6 @@ each mode. benchmarks/README.md says what each column means.
 
 from __future__ import annotations
 
-import csv
-import io
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,8 +14,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from files import append_rows, whole_rows
 
+from ssprop_patch._csv_table import CsvTable
+from ssprop_patch._text import sizes
 from ssprop_patch.timing import Quantiles, device_name
 
 
@@ -63,7 +62,7 @@ class Setting:
         """
         return cls(
             device=device_name(device),
-            shape="x".join(map(str, shape)),
+            shape=sizes(shape),
             dtype="bfloat16 autocast" if amp else _word(dtype),
             memory_format=_word(memory_format).removesuffix("_format"),
             threads=torch.get_num_threads(),
@@ -124,7 +123,6 @@ FIELDS = (
     "timm",
     "python",
 )
-_HEADER = ",".join(FIELDS) + "\r\n"
 
 
 def compare(
@@ -172,68 +170,39 @@ def compare(
     return rows
 
 
+def table(path: Path) -> CsvTable:
+    """Return the CSV at ``path``, of which no row need be there yet."""
+    return CsvTable(path, FIELDS)
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` at the end of a CSV, which is begun if it is not there.
 
-    A row that a killed process left unfinished is cut off first.
-
     Raises:
         ValueError: If the file has other columns, or its folder is missing.
     """
-    check_header(path)
-    text = io.StringIO()
-    csv.DictWriter(text, FIELDS).writerows(asdict(row) for row in rows)
-    append_rows(path, text.getvalue(), _HEADER)
-
-
-def check_header(path: Path) -> bool:
-    """Return whether ``path`` is still to be begun.
-
-    To be called before anything is measured, too, so that nothing is measured for nothing.
-
-    Raises:
-        ValueError: If the file has other columns, or its folder is missing.
-    """
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
-    content = path.read_bytes() if path.exists() else b""
-    if len(content) < len(_HEADER) and _HEADER.encode().startswith(content):
-        return True
-    text = (whole_rows(content) or content).decode()
-    _compare_header(path, next(csv.reader(io.StringIO(text, newline="")), []))
-    return False
+    found = table(path)
+    found.check()
+    found.append(map(asdict, rows))
 
 
 def read(path: Path) -> list[Row]:
     """Return the rows of a CSV, without one that a killed process left unfinished.
 
     Raises:
-        ValueError: If the file has other columns, or a cell is not of its column's type.
+        ValueError: If there is no such file, it has other columns, or a cell is not of its
+            column's type.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     hints = get_type_hints(Row)
     found = []
-    text = whole_rows(path.read_bytes()).decode()
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    _compare_header(path, reader.fieldnames or [])
-    for cells in reader:
+    for number, cells in enumerate(table(path).read(), 2):
         try:
             found.append(Row(**{name: _value(hints[name], cells[name]) for name in FIELDS}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return found
-
-
-def _compare_header(path: Path, header: Sequence[str]) -> None:
-    if tuple(header) == FIELDS:
-        return
-    missing = [name for name in FIELDS if name not in header]
-    unknown = [name for name in header if name not in FIELDS]
-    which = [f"without {', '.join(missing)}"] * bool(missing)
-    which += [f"with {', '.join(unknown)}"] * bool(unknown)
-    raise ValueError(
-        f"{path} has other columns than are used now ({'; '.join(which) or 'in another order'}): "
-        "name another file, or move this one away and measure again"
-    )
 
 
 def _value(hint: Any, text: str | None) -> Any:

@@ -7,13 +7,14 @@ see ``docs/other-libraries.md``. They are not installed with this project.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import importlib
 import importlib.metadata
 from pathlib import Path
 
 import torch
+
+from ssprop_patch._csv_table import CsvTable
+from ssprop_patch.cli.options import Parser
 
 LIBRARIES = ("deepspeed", "fastai", "ultralytics")
 FILE = Path(__file__).parent / "results" / "compatibility.csv"
@@ -22,7 +23,7 @@ HEAD = ("library", "version", "torch", "check", "result")
 
 def main() -> None:
     """Run the checks of the libraries named, and write their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("libraries", nargs="+", choices=LIBRARIES)
     torch.set_num_threads(1)
     for library in parser.parse_args().libraries:
@@ -37,20 +38,10 @@ def main() -> None:
 
 def _write(library: str, rows: list[tuple[str, ...]]) -> None:
     """Replace a library's rows in the file."""
-    others = []
-    if FILE.exists():
-        with FILE.open(newline="") as file:
-            others = [tuple(row) for row in csv.reader(file)][1:]
-    others = [row for row in others if row[0] != library]
-    new = FILE.with_suffix(".new")
-    with new.open("w", newline="") as file:
-        rows = sorted([*others, *rows], key=_library)
-        csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
-    new.replace(FILE)
-
-
-def _library(row: tuple[str, ...]) -> str:
-    return row[0]
+    table = CsvTable(FILE, HEAD)
+    others = [row for row in table.read() if row["library"] != library]
+    new = [dict(zip(HEAD, row, strict=True)) for row in rows]
+    table.replace(sorted([*others, *new], key=lambda row: row["library"]))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from ssprop_patch._progress import Progress
+from ssprop_patch.cli.options import Parser, count
 
 OUTPUT = Path(__file__).parent / "results" / "zoo.csv"
 GOOD = ("ok", "nothing to convert")
@@ -31,9 +31,7 @@ GOOD = ("ok", "nothing to convert")
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -41,7 +39,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="PATTERN",
         help="names or families of networks, with * and ?",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="networks at a time")
+    parser.add_argument("--jobs", type=count, default=2, help="networks at a time")
     parser.add_argument(
         "--memory",
         type=float,
@@ -61,7 +59,6 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 1 if a network failed."""
     args = options(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
     # Imported here, so that --help does not wait for torch.
     from zoo.check import FIELDS, row
     from zoo.models import entries
@@ -89,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         todo = [entry for entry in _small_first(chosen) if entry not in done]
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers end, too
         try:
-            _run(Runner(row, args.jobs, args.memory, args.timeout), todo, results, console)
+            _run(Runner(row, args.jobs, args.memory, args.timeout), todo, results)
         except KeyboardInterrupt:
             print("interrupted; the same command continues", file=sys.stderr)
             return 130
@@ -132,23 +129,16 @@ def _how_large(entry) -> tuple[float, int, str]:
     return size, number, entry.name
 
 
-def _run(runner, todo, results, console: Console) -> None:
+def _run(runner, todo, results) -> None:
     counts: Counter[str] = Counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("networks", total=len(todo))
+    with Progress("networks") as progress:
         for row in runner.run(todo):
             results.append(row)
             counts[row["result"]] += 1
             if row["result"] not in GOOD:
-                progress.print(row["name"], row["result"], row["reason"], markup=False)
+                progress.say(f"{row['name']} {row['result']} {row['reason']}")
             said = ", ".join(f"{n} {result}" for result, n in counts.items())
-            progress.update(task, advance=1, description=said)
+            progress(counts.total(), len(todo), said)
 
 
 if __name__ == "__main__":

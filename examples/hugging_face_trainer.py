@@ -42,9 +42,10 @@ def main() -> None:
             disable_tqdm=True,
             use_cpu=True,
         )
-        callback = SsPropCallback(ssp.BarSchedule(0.8, period=2), revert_at_end=True)
-        trainer = Trainer(model, args, train_dataset=RandomImages(64), callbacks=[callback])
-        trainer.train()
+        trainer = Trainer(model, args, train_dataset=RandomImages(64))
+        schedule = ssp.BarSchedule(0.8, period=2)
+        SsPropCallback(schedule, meter=True, revert_at_end=True).add_to(trainer)
+        trainer.train()  # prints what it saved
     for row in trainer.state.log_history:
         if "loss" in row:
             rate, loss = row["ssprop/drop_rate"], row["loss"]

@@ -95,17 +95,6 @@ for _name in _HOME:  # this module is reloaded: what it once looked up may be ol
 del _name
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        found: Any = _module(_MODULES[name])
-    elif name in _HOME:
-        found = getattr(_module(_HOME[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
-
-
 def _module(path: str) -> Any:
     # The package may have been taken out of sys.modules and imported again; what this import of it
     # has loaded is found among its own attributes.
@@ -121,7 +110,19 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:  # to which this would make every name, misspelt ones too, an Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            found: Any = _module(_MODULES[name])
+        elif name in _HOME:
+            found = getattr(_module(_HOME[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
+else:
     from . import functional, integrations, metering, plots, timing
     from .core.coarse import Coarse
     from .core.principal import Principal, Subspace

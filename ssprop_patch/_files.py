@@ -1,4 +1,4 @@
-"""Files that are whole at any moment: written beside and renamed, or added to row by row."""
+"""Files that are whole at any moment: written beside and renamed, or added to in one piece."""
 
 from __future__ import annotations
 
@@ -84,25 +84,6 @@ def whole_rows(content: bytes) -> bytes:
         if content.count(b'"', 0, end) % 2 == 0:
             return content[: end + 1]
     return b""
-
-
-def lacks_header(content: bytes, header: str) -> bool:
-    """Whether a CSV file holds nothing, or a part of ``header`` that a killed process left."""
-    whole = header.encode()
-    return len(content) < len(whole) and whole.startswith(content)
-
-
-def append_rows(path: str | PathLike[str], rows: str, header: str = "") -> None:
-    """Add whole rows to a CSV file, and put them on the disk; begin it with ``header``.
-
-    A row that a killed process left unfinished is cut off first.
-    """
-    with open(path, "a+b", buffering=0) as file:
-        file.seek(0)
-        length = len(whole_rows(file.read()))
-        file.truncate(length)
-        write_whole(file.fileno(), (rows if length else header + rows).encode())
-        os.fsync(file.fileno())
 
 
 def write_whole(descriptor: int, data: bytes) -> None:

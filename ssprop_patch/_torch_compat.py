@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from operator import attrgetter, methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -181,7 +181,37 @@ len_torch_dispatch_stack: Callable[[], int] = _find("torch._C._len_torch_dispatc
 )
 
 
+class _NoDispatchMode:
+    """In place of a mode: sees nothing."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+
+# The base of modes that see every operator. Without it they see none, and what of a network's FLOPs
+# is in no layer that a conversion takes is not known.
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    TorchDispatchMode = _find("torch.utils._python_dispatch.TorchDispatchMode") or _NoDispatchMode
+
+#: Whether such a mode sees operators.
+MODES_SEE_OPERATORS = not issubclass(TorchDispatchMode, _NoDispatchMode)
+
+
 # --- torch.compile ------------------------------------------------------------------------------
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module go to torch.compile: one that it returned, or compiled in place.
+
+    Without the name the latter looks like any other module, and its first call may be eager.
+    """
+    in_place = getattr(module, "_compiled_call_impl", None)
+    return in_place is not None or "_orig_mod" in module._modules
 
 
 def never_compile_alone(function: Callable[..., Any]) -> None:
@@ -313,10 +343,13 @@ _HAS_TIMEOUT = None not in [
 linear: Callable[..., Tensor] = _find("torch._C._nn.linear") or nn.functional.linear
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
 class _DecoratorContextManager:
     """As torch's own: a context manager that also decorates, with a fresh one for each call."""
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, function: _Function) -> _Function:
         if inspect.isclass(function):
             raise TypeError("a class cannot be decorated: decorate its methods")
         if inspect.isgeneratorfunction(function):
@@ -341,14 +374,14 @@ class _DecoratorContextManager:
                     except BaseException as error:
                         resume = functools.partial(generator.throw, error)
 
-            return run_generator
+            return cast(_Function, run_generator)
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.clone():
                 return function(*args, **kwargs)
 
-        return run
+        return cast(_Function, run)
 
     def __enter__(self) -> Any:
         raise NotImplementedError

@@ -6,7 +6,7 @@ are propagated (ssProp, arXiv 2408.12561, section 3).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -36,7 +36,7 @@ def conv1d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Size = 1,
-    padding: str | Size = 0,
+    padding: Literal["same", "valid"] | Size = 0,
     dilation: Size = 1,
     groups: int = 1,
     *,
@@ -59,7 +59,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Size = 1,
-    padding: str | Size = 0,
+    padding: Literal["same", "valid"] | Size = 0,
     dilation: Size = 1,
     groups: int = 1,
     *,
@@ -102,7 +102,7 @@ def conv3d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Size = 1,
-    padding: str | Size = 0,
+    padding: Literal["same", "valid"] | Size = 0,
     dilation: Size = 1,
     groups: int = 1,
     *,

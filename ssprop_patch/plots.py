@@ -1,7 +1,7 @@
 """Pictures of a schedule, of FLOPs, of runs, and of which channels are kept.
 
-Each function returns a ``matplotlib.figure.Figure``, made for the width of a README;
-``figure.savefig("x.png")`` and ``"x.svg"`` write it. matplotlib comes with
+Each function returns a ``matplotlib.figure.Figure``, made for the width of a README: a notebook
+shows it, ``figure.savefig("x.png")`` and ``"x.svg"`` write it. matplotlib comes with
 ``pip install "ssprop_patch[plot]"``; pyplot, and so the state of a notebook, is left alone.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from ._text import percent
 from ._validate import check_count
 from .flops.summary import Summary
 from .metering import ChannelHistory, MeterReport
@@ -79,7 +80,9 @@ def schedule(
 
 
 def flops_per_layer(summary: Summary | MeterReport) -> Figure:
-    """Draw the backward FLOPs of each layer, dense and sparse, and what share is saved.
+    """Draw the backward FLOPs of each layer, dense and sparse, and what share is saved in all.
+
+    The last bar is everything else that the network computes, which is dense.
 
     Args:
         summary: Of :func:`ssprop_patch.summary`, for one training step; or the report of a
@@ -99,6 +102,9 @@ def flops_per_layer(summary: Summary | MeterReport) -> Figure:
         what, title = "backward FLOPs of the run", f"after {summary.steps} optimizer steps"
     else:
         raise TypeError(f"expected a Summary or a MeterReport, got {type(summary).__name__}")
+    if summary.others is not None and summary.others.dense_backward:
+        rest = summary.others.dense_backward
+        rows.append(("everything else", rest, rest, 0.0))
     longest = max(dense for _, dense, _, _ in rows)
     unit, prefix = _unit(longest)
     figure = _figure(1.3 + 0.19 * len(rows))
@@ -126,7 +132,10 @@ def flops_per_layer(summary: Summary | MeterReport) -> Figure:
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    share = f"{100 * summary.backward_saved:.1f} % of the backward saved"
+    if summary.others is None:
+        share = "saved of the whole backward: not known"
+    else:
+        share = f"{percent(summary.backward_saved or 0.0)} of the whole backward saved"
     figure.suptitle(f"{_shortened(title)}: {share}", fontsize=11)
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False
@@ -323,12 +332,14 @@ def _evenly(names: Sequence[str], most: int) -> list[str]:
 
 def _figure(height: float) -> Figure:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
+
+        from ._picture import Picture
     except ImportError as error:
         raise ImportError(
             'pictures need matplotlib: pip install "ssprop_patch[plot]"', name="matplotlib"
         ) from error
-    return Figure(figsize=(_WIDTH, height), dpi=100, layout="constrained", facecolor="white")
+    return Picture(figsize=(_WIDTH, height), dpi=100, layout="constrained", facecolor="white")
 
 
 def _colour_map() -> Any:

@@ -9,14 +9,23 @@ import ssprop_patch
 ROOT = Path(ssprop_patch.__file__).parent
 # From the ground up; what stands in one line may import each other, file by file.
 FLOORS = (
-    ("_torch_compat", "_device", "_files", "_text", "_validate", "class_swap"),
+    (
+        "_torch_compat",
+        "_csv_table",
+        "_device",
+        "_files",
+        "_progress",
+        "_text",
+        "_validate",
+        "class_swap",
+    ),
     ("core",),
     ("schedule",),
     ("ops",),
     ("functional", "patching"),
     ("flops",),
     ("metering", "timing"),
-    ("integrations", "plots"),
+    ("integrations", "_picture", "plots"),
     ("cli",),
     ("__init__",),
     ("__main__",),

@@ -94,7 +94,7 @@ def test_the_names_of_53_layers_do_not_run_into_each_other():
     texts_of(figure)
     (axes,) = figure.axes
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
-    assert len(boxes) == 53
+    assert len(boxes) == 54  # and everything else
     assert all(a.y0 >= b.y1 - 0.5 for a, b in itertools.pairwise(boxes))
     assert axes.get_yticklabels()[0].get_text() == "conv1"
 
@@ -151,6 +151,16 @@ def test_bars_are_the_flops_of_a_report():
     dense, sparse = bars_of(plots.flops_per_layer(report))
     assert len(dense) == 2
     assert sum(sparse) / sum(dense) == pytest.approx(1 - report.backward_saved)
+
+
+def test_the_last_bar_and_the_title_are_of_the_whole_network():
+    model = nn.Sequential(*small(), nn.Flatten(), nn.Linear(16 * 8 * 8, 100).double())
+    summary = ssp.summary(model, input_size=(2, 3, 12, 12), drop_rate=0.5)
+    figure = plots.flops_per_layer(summary)
+    dense, sparse = bars_of(figure)
+    assert dense[-1] == sparse[-1] == pytest.approx(2 * 2 * 2 * 16 * 8 * 8 * 100 / 1e3)
+    assert sum(sparse) / sum(dense) == pytest.approx(1 - summary.backward_saved)
+    assert figure.axes[0].get_yticklabels()[-1].get_text() == "everything else"
 
 
 def test_layers_that_cost_more_than_dense_and_layers_that_cost_nothing():

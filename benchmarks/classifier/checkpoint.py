@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from files import replacing, write_atomically
 
 from classifier.options import UserError
+from ssprop_patch._files import replacing, write_atomically
 
 
 class Stateful(Protocol):

@@ -1,8 +1,7 @@
 """What a training step costs in FLOPs, and so how many steps each method gets.
 
-Counted are the convolutions, by ssprop_patch's own formula, and the matrix products (the linear
-layers, attention), by torch's counter. Element-wise work, norms and the optimizer are not: they
-are a few per cent, and the same on all sides of a step.
+Counted is what ``ssp.summary`` counts: convolutions, matrix products and attention. Element-wise
+work, norms and the optimizer are not: they are a few per cent, and the same on all sides of a step.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import ssprop_patch as ssp
 from classifier.options import METHODS, UserError
+from ssprop_patch._text import sizes
 
 # So near 1 that of any number of channels one is kept.
 _HIGHEST = 1 - 1e-12
@@ -47,8 +46,7 @@ class StepCost:
         selection: str = "l1",
         remainder: str = "none",
     ) -> None:
-        tensors = inputs if isinstance(inputs[0], Tensor) else (torch.zeros(inputs, device="meta"),)
-        shapes = {"inputs": inputs} if tensors is inputs else {"input_size": inputs}
+        shapes = {"inputs" if isinstance(inputs[0], Tensor) else "input_size": inputs}
         try:
             # At the highest rate every layer shows among how many groups of channels it chooses.
             found = ssp.summary(model, **shapes, types=tuple(types), drop_rate=_HIGHEST)
@@ -70,9 +68,9 @@ class StepCost:
             )
         self._layers = found.layers
         self._own_rates = {row.name: row.drop_rate for row in todo.converted}
-        linear = {layer.name for layer in found.layers if layer.cls == "Linear"}
-        forward, self._other_backward = _matrix_products(model, tensors, linear)
-        self.forward = found.forward + forward
+        if found.others is None:
+            raise UserError(f"--model: its FLOPs are not known: {found.unknown}")
+        self.forward, self._other_backward = found.forward, found.others.backward
 
     @functools.cache  # noqa: B019 -- lives as long as the program
     def backward(self, drop_rate: float) -> int:
@@ -81,10 +79,9 @@ class StepCost:
         The sum that ``ssp.summary(..., drop_rate=...)`` gives. Of the paper's rule without tracing
         the model again, since a schedule may have another rate at every step.
         """
-        total = self._other_backward
         if self._converted is not None:
-            found = ssp.summary(self._converted, **self._shapes, drop_rate=drop_rate)
-            return total + found.sparse_backward
+            return ssp.summary(self._converted, **self._shapes, drop_rate=drop_rate).sparse_backward
+        total = self._other_backward
         for layer in self._layers:
             own = self._own_rates.get(layer.name) if drop_rate > 0 else None
             choices = layer.kept  # one channel is kept of each group that is chosen from
@@ -102,32 +99,6 @@ class StepCost:
     def total(self, rates: Sequence[float]) -> tuple[int, int]:
         """Return forward and backward FLOPs of a run with these drop rates, one a step."""
         return self.forward * len(rates), sum(map(self.backward, rates))
-
-
-def _matrix_products(
-    model: nn.Module, inputs: Sequence[Tensor], without: Collection[str]
-) -> tuple[int, int]:
-    """Return forward and backward FLOPs of a step in what is no convolution nor in ``without``."""
-    # On the meta device nothing is computed; in training mode, since the backward is wanted.
-    model = copy.deepcopy(model).to("meta").train()
-    counts = []
-    with FlopCounterMode(display=False) as counter:
-        loss = model(*(tensor.to("meta") for tensor in inputs)).sum()
-        counts.append(_not_convolutions(counter, without))
-        loss.backward()
-        counts.append(_not_convolutions(counter, without))
-    return counts[0], counts[1] - counts[0]
-
-
-def _not_convolutions(counter: FlopCounterMode, without: Collection[str]) -> int:
-    by_module = counter.get_flop_counts()
-
-    def products(by_operator: Mapping[Any, int]) -> int:
-        return sum(n for op, n in by_operator.items() if "convolution" not in str(op))
-
-    # The counter calls a module by its name after that of the model's class.
-    apart = [ops for name, ops in by_module.items() if name.partition(".")[2] in without]
-    return products(by_module.get("Global", {})) - sum(map(products, apart))
 
 
 @dataclass(frozen=True)
@@ -167,7 +138,7 @@ def check(model: nn.Module, batch_shape: tuple[int, ...], name: str) -> None:
     except Exception as error:
         # Whatever the model's own code raises for an image that is too small, or not its size.
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        shape = "x".join(map(str, batch_shape[1:]))
+        shape = sizes(batch_shape[1:])
         made_for = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
         raise UserError(
             f"--model {name} cannot be trained on images of {shape}: {line}; "

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from filelock import FileLock
-from files import replacing
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -20,6 +19,7 @@ from torchvision.transforms import functional as TF
 from classifier.data import TORCHVISION, Labelled, digits, from_torchvision, in_memory
 from classifier.images import Data
 from classifier.options import UserError
+from ssprop_patch._files import replacing
 
 _PARTS = {"train": "train", "test": "test", "val": "test", "valid": "test"}
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")

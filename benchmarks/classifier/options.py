@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import ssprop_patch as ssp  # torch comes only with what is used of it
+from ssprop_patch.cli.options import Parser, add_rate, add_selection, count, number
 
 
 class UserError(Exception):
@@ -119,26 +121,6 @@ class Options:
         return values
 
 
-def _number(kind: type, low: float, below: float = float("inf"), above: bool = False) -> Any:
-    """Return an argparse type: a ``kind`` with low <= value < below (``above``: low < value)."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value < below or (above and value == low):
-            least = f"above {low:g}" if above else f"at least {low:g}"
-            most = "" if below == float("inf") else f" and below {below:g}"
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {least}{most}")
-        return value
-
-    return parse
-
-
-_COUNT = _number(int, 1)
-
 _DESCRIPTION = """\
 Train an image classifier four ways and compare what it costs and what it reaches:
   dense           the ordinary training
@@ -172,20 +154,8 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """As argparse's own, without the page of usage in front of the one line that matters."""
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="train_classifier.py",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="train_classifier.py", description=_DESCRIPTION, epilog=_EPILOG)
     # fmt: off
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", default="resnet10", metavar="NAME",
@@ -195,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         help="small: a ResNet's 7x7 stem with stride 2 and its max-pool become one 3x3 "
         "convolution, as is usual for CIFAR; auto (default): small for a ResNet on images up "
         "to 64 pixels; own: the model as it is")
-    add("--dropout", type=_number(float, 0, 1), default=0.0, metavar="P",
+    add("--dropout", type=number(float, 0, 1), default=0.0, metavar="P",
         help="dropout in front of the classifier (default: 0)")
     add("--data", choices=DATA, default="digits",
         help="default: digits, scikit-learn's 1797 scans of 8x8, which come with its wheel")
@@ -203,39 +173,33 @@ def _parser() -> argparse.ArgumentParser:
         help="where the data lie (default: ./data); for imagefolder a folder with train/CLASS/* "
         "and val/CLASS/*, or with CLASS/* alone, of which a fifth is then held out")
     add("--download", action="store_true", help="let torchvision download the data")
-    add("--image-size", type=_COUNT, metavar="PIXELS",
+    add("--image-size", type=count, metavar="PIXELS",
         help="default: the data's own; imagefolder: 224")
-    add("--train-images", type=_COUNT, metavar="N", help="train on N images only")
+    add("--train-images", type=count, metavar="N", help="train on N images only")
     add("--no-augment", dest="augment", action="store_false",
         help="no random crops and flips (crops only for digits and mnist)")
     add("--stream", action="store_true",
         help="imagefolder: decode in each epoch, by --workers processes; default only where the "
         "decoded images would not fit into half of the free memory")
-    add("--workers", type=_number(int, 0), default=min(4, os.cpu_count() or 1),
+    add("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1),
         metavar="N", help="default: %(default)s")
 
-    add = parser.add_argument_group("ssProp").add_argument
-    add("--schedule", metavar="TEXT",
-        help='for example "CosineSchedule(0, 0.8, total=20)", "0.5", or "SequentialSchedule('
-        '[ConstantSchedule(0), BarSchedule(0.8)], milestones=[5])"; never evaluated as code; '
-        "default: BarSchedule(DROP_RATE, period=2), dense and sparse epochs in turn")
-    add("--drop-rate", type=_number(float, 0, 1), metavar="D",
-        help="of the default schedule (default: 0.8)")
-    add("--selection", choices=("l1", "l2", "random", "principal"), default="l1",
-        help="how the kept channels are chosen (default: %(default)s, the paper's); principal: "
-        "leading directions in their place")
-    add("--remainder", choices=("none", "coarse"), default="none",
-        help="what becomes of the rest of the gradient: coarse keeps it on a coarser grid "
-        "(default: %(default)s)")
+    group = parser.add_argument_group("ssProp")
+    add_rate(group,
+        "of the default schedule, BarSchedule(D, period=2), dense and sparse epochs in turn "
+        "(default: 0.8)",
+        'for example "CosineSchedule(0, 0.8, total=20)", "0.5", "paper", or "SequentialSchedule('
+        '[ConstantSchedule(0), BarSchedule(0.8)], milestones=[5])"; never evaluated as code')
+    add_selection(group)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_COUNT, metavar="N", help="default: 10 for digits, else 30")
-    add("--batch-size", type=_COUNT, metavar="N", help="default: 64 for digits, else 128")
+    add("--epochs", type=count, metavar="N", help="default: 10 for digits, else 30")
+    add("--batch-size", type=count, metavar="N", help="default: 64 for digits, else 128")
     add("--optimizer", choices=tuple(_LEARNING_RATES), default="sgd",
         help="default: %(default)s, with Nesterov momentum 0.9")
-    add("--lr", type=_number(float, 0, above=True),
+    add("--lr", type=number(float, 0, above=True),
         help="peak of a cosine with a short warm-up (default: 0.1 for sgd, 0.001 for others)")
-    add("--weight-decay", type=_number(float, 0), default=5e-4, metavar="X",
+    add("--weight-decay", type=number(float, 0), default=5e-4, metavar="X",
         help="default: %(default)s")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps, ...")
     add("--amp", choices=("off", "bf16", "fp16"), default="off",
@@ -244,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="train through torch.compile")
 
     add = parser.add_argument_group("the benchmark").add_argument
-    add("--seeds", type=_COUNT, default=3, metavar="N", help="0 to N-1 (default: %(default)s)")
+    add("--seeds", type=count, default=3, metavar="N", help="0 to N-1 (default: %(default)s)")
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), metavar="METHOD",
         help="any of: " + ", ".join(METHODS) + " (default: all)")
     add("--output", type=Path, default=Path("runs/train_classifier"), metavar="PATH",
@@ -260,11 +224,10 @@ def parse(arguments: list[str] | None = None) -> Options:
     """Read the command line; leaves the process with code 2 and one line where it is wrong."""
     parser = _parser()
     given = vars(parser.parse_args(arguments))
-    rate = given.pop("drop_rate")
-    if given["schedule"] is None:
-        given["schedule"] = f"BarSchedule({0.8 if rate is None else rate}, period=2)"
-    elif rate is not None:
-        parser.error("--drop-rate belongs to the default schedule: say the rate in --schedule")
+    rate, schedule = given.pop("drop_rate"), given["schedule"]
+    if schedule is None:
+        schedule = ssp.BarSchedule(0.8 if rate is None else rate, period=2)
+    given["schedule"] = repr(schedule)
     if given["resume"] and given["overwrite"]:
         parser.error("--resume continues and --overwrite starts over: give one of them")
     epochs, batch_size = _DEFAULTS.get(given["data"], _OTHER_DEFAULTS)

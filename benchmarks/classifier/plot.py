@@ -12,10 +12,10 @@ matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
 import numpy as np
-from files import replacing
 from matplotlib.figure import Figure
 
 from classifier.options import METHODS
+from ssprop_patch._files import replacing
 
 # Told apart by eyes that see few colours, and in grey by their markers.
 _LOOKS = {

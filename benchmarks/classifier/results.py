@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections.abc import Sequence
 from itertools import accumulate
@@ -12,7 +11,6 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from files import replacing
 
 import ssprop_patch as ssp
 from classifier import clock as clocks
@@ -20,6 +18,7 @@ from classifier.batches import Batches
 from classifier.costs import StepCost
 from classifier.options import Options
 from classifier.training import Run, Trained, fingerprint
+from ssprop_patch._csv_table import CsvTable
 from ssprop_patch.timing import device_name
 
 
@@ -59,17 +58,7 @@ def gather(
         "total_flops": forward + backward,
     }
     row |= clocks.summary(clock)
-    row |= {
-        "weights": fingerprint(trained.model),
-        "device_name": device_name(batches.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "ssprop_patch": ssp.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+    row |= {"weights": fingerprint(trained.model), **machine(batches.device)}
     flops = list(accumulate(cost.forward + cost.backward(rate) for rate in clock.rates))
     elapsed = clocks.seconds(clock).sum(1).cumsum(0).tolist()
     epochs = [
@@ -79,6 +68,20 @@ def gather(
         for e in history.epochs
     ]
     return {"row": row, "epochs": epochs, "rates": _pieces(clock.rates)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a run ran on."""
+    return {
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "ssprop_patch": ssp.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
 def _pieces(rates: Sequence[float]) -> list[tuple[int, float]]:
@@ -101,7 +104,4 @@ def write_csv(folder: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    CsvTable(path, list(rows[0])).replace(rows)

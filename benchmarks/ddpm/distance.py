@@ -16,13 +16,13 @@ from classifier.images import Data
 from classifier.options import UserError
 from classifier.training import Run
 from filelock import FileLock
-from files import replacing
 from study import runs as classifiers
 from study.settings import Settings as ClassifierSettings
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm.settings import Settings
+from ssprop_patch._files import replacing
 
 CAVEAT = (
     "distance: Frechet distance in the features of a classifier trained here on the same data. It "

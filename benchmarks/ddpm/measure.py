@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from classifier.batches import Batches
 from classifier.images import Images
-from files import replacing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
@@ -16,6 +15,7 @@ from torchvision.utils import make_grid
 from ddpm.model import TRAIN_STEPS, noise_schedule
 from ddpm.settings import Settings
 from ddpm.training import autocast
+from ssprop_patch._files import replacing
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from study.settings import METHODS, digest, schedule_text
 
+from ssprop_patch.cli.options import D, Parser, count, drop_rate, number
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -67,12 +69,7 @@ NAMES = tuple(field.name for field in fields(Settings))
 
 def parse(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; leaves the process with code 2 where it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="train_ddpm.py",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="train_ddpm.py", description=description)
     # fmt: off
     add = parser.add_argument_group("methods").add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
@@ -80,11 +77,11 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     add("--schedule", default="BarSchedule({drop_rate}, period=2)", metavar="TEXT",
         help="of the drop rate; {drop_rate}, {epochs}, {0.25 epochs} are filled in "
         "(default: %(default)s)")
-    add("--drop-rate", type=float, default=0.8, metavar="D", help="default: %(default)s")
+    add("--drop-rate", type=drop_rate, default=0.8, metavar="D", help=f"default: %(default)s; {D}")
     add("--selection", choices=("l1", "l2", "random"), default="l1")
     add("--exclude", nargs="*", default=["conv_out"], metavar="PATTERN",
         help="layers that stay dense (default: conv_out, whose outputs are the colours)")
-    add("--seeds", type=int, default=1, metavar="N", help="0 to N-1 (default: %(default)s)")
+    add("--seeds", type=count, default=1, metavar="N", help="0 to N-1 (default: %(default)s)")
 
     add = parser.add_argument_group("data and model").add_argument
     add("--data", default="cifar10", metavar="NAME",
@@ -95,58 +92,42 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     add("--cache-dir", type=Path, metavar="PATH",
         help="where decoded images are kept (default: cache in the output folder)")
     add("--download", action="store_true", help="let torchvision download the data")
-    add("--image-size", type=int, default=32, metavar="PIXELS")
+    add("--image-size", type=count, default=32, metavar="PIXELS")
     add("--share", type=float, default=1.0, help="of the training images (default: 1)")
     add("--channels", type=int, nargs="+", default=[64, 128, 128], metavar="C",
         help="of each resolution of the U-Net (default: 64 128 128); attention from the second on")
-    add("--blocks", type=int, default=2, help="residual blocks a resolution (default: 2)")
+    add("--blocks", type=count, default=2, help="residual blocks a resolution (default: 2)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=50)
-    add("--batch-size", type=int, default=128)
-    add("--lr", type=float, default=4e-4, help="peak of a cosine, AdamW (default: %(default)s)")
-    add("--ema", type=float, default=0.999, metavar="DECAY")
+    add("--epochs", type=count, default=50)
+    add("--batch-size", type=count, default=128)
+    add("--lr", type=number(float, 0, above=True), default=4e-4,
+        help="peak of a cosine, AdamW (default: %(default)s)")
+    add("--ema", type=number(float, 0, 1), default=0.999, metavar="DECAY")
     add("--device", default="cpu")
-    add("--jobs", type=int, default=1, metavar="N", help="processes that share the runs")
-    add("--threads", type=int, metavar="N",
+    add("--jobs", type=count, default=1, metavar="N", help="processes that share the runs")
+    add("--threads", type=count, metavar="N",
         help="of each process (default: 1 if there are several, else torch's)")
     add("--amp", choices=("off", "bf16"), default="off")
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")
 
     add = parser.add_argument_group("what is measured").add_argument
-    add("--held-out", type=int, default=2000, metavar="N", help="test images for the loss")
-    add("--samples", type=int, default=2000, metavar="N", help="generated for the distance")
-    add("--sample-steps", type=int, default=250, metavar="N", help="denoising steps of each")
+    add("--held-out", type=count, default=2000, metavar="N", help="test images for the loss")
+    add("--samples", type=number(int, 2), default=2000, metavar="N",
+        help="generated for the distance")
+    add("--sample-steps", type=count, default=250, metavar="N", help="denoising steps of each")
     add("--feature-network", default="resnet18", metavar="NAME",
         help="of timm, or resnet8_narrow; trained here on the same images (default: resnet18)")
-    add("--feature-epochs", type=int, default=20, metavar="N")
+    add("--feature-epochs", type=count, default=20, metavar="N")
     add("--output", type=Path, default=Path("runs/train_ddpm"), metavar="FOLDER")
     add("--results", type=Path, metavar="FOLDER",
         help="also write there: runs.csv with these runs alone, table.md, samples.png of seed 0")
     add("--table", action="store_true", help="only print what is finished")
     # fmt: on
     args = parser.parse_args(arguments)
-    low = {
-        "seeds": 1,
-        "image_size": 1,
-        "blocks": 1,
-        "epochs": 1,
-        "batch_size": 1,
-        "jobs": 1,
-        "held_out": 1,
-        "samples": 2,
-        "sample_steps": 1,
-        "feature_epochs": 1,
-    }
-    for name, least in low.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    for name in ("share", "lr"):
-        if not getattr(args, name) > 0 or (name == "share" and args.share > 1):
-            parser.error(f"--{name} {getattr(args, name)} is out of range")
-    if not (0 <= args.ema < 1 and 0 <= args.drop_rate < 1):
-        parser.error("--ema and --drop-rate must be at least 0 and below 1")
+    if not 0 < args.share <= 1:
+        parser.error(f"--share {args.share} is not a number > 0 and <= 1")
     return args
 
 

@@ -11,11 +11,12 @@ matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
 from classifier.table import spread
-from files import replacing, write_atomically
 from rich.table import Table
 from study.rows import Rows
 
 from ddpm.distance import CAVEAT
+from ssprop_patch._files import replacing, write_atomically
+from ssprop_patch._text import markdown as markdown_table
 
 _COLUMNS = (
     ("epochs", "trained_epochs", 1.0, ".4g"),
@@ -52,8 +53,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, str]], output: Path) -> None
 
     folder.mkdir(parents=True, exist_ok=True)
     Rows(folder / "runs.csv", FIELDS).replace(rows)
-    lines = [_NAMES, ["---", *["---:"] * (len(_NAMES) - 1)], *_lines(rows)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = markdown_table([_NAMES, *_lines(rows)], "lr")
     whole = f"# {_title(rows[0])}\n\n{text}\n\n{_caption(rows[0])}\n"
     write_atomically(folder / "table.md", whole)
     some = [row for row in rows if row["seed"] == rows[0]["seed"]]

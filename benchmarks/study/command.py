@@ -9,19 +9,16 @@ import time
 from pathlib import Path
 
 from classifier.options import UserError
-from files import write_atomically
 from rich.console import Console
 from rich.table import Table
+
+from ssprop_patch._files import write_atomically
+from ssprop_patch.cli.options import Parser, count
 
 
 def options(description: str, arguments: list[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        prog="run_study.py",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="run_study.py", description=description)
     add = parser.add_argument
     add("study", type=Path, help="the TOML file that says which runs there are")
     add(
@@ -54,14 +51,14 @@ def options(description: str, arguments: list[str] | None) -> argparse.Namespace
     )
     add(
         "--jobs",
-        type=int,
+        type=count,
         default=1,
         metavar="N",
         help="processes on each device, which share the runs (default: 1)",
     )
     add(
         "--threads",
-        type=int,
+        type=count,
         metavar="N",
         help="of each process (default: 1 if there are several, else torch's)",
     )
@@ -77,10 +74,7 @@ def options(description: str, arguments: list[str] | None) -> argparse.Namespace
     add("--table", action="store_true", help="only print the tables of what is finished")
     add("--plot", action="store_true", help="only draw the picture of what is finished")
     add("--traceback", action="store_true", help="show the whole traceback of an error")
-    args = parser.parse_args(arguments)
-    if args.jobs < 1 or (args.threads is not None and args.threads < 1):
-        parser.error("--jobs and --threads must be at least 1")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:

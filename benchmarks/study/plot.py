@@ -13,9 +13,9 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, or looked for
 
 import matplotlib.pyplot as plt
-from files import replacing
 from matplotlib.figure import Figure
 
+from ssprop_patch._files import replacing
 from study.frontier import frontier
 from study.groups import Condition, Method
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from classifier.options import UserError
 from filelock import FileLock, Timeout
-from files import append_rows, whole_rows, write_atomically
+
+from ssprop_patch._csv_table import CsvTable
 
 
 class Rows:
@@ -30,6 +29,7 @@ class Rows:
         self, path: Path, fields: Iterable[str], added: Mapping[str, str] | None = None
     ) -> None:
         self.path, self.fields, self.added = path, tuple(fields), dict(added or {})
+        self._table = CsvTable(path, self.fields, self.added)
         self._lock = FileLock(path.with_name(path.name + ".lock"))
 
     def read(self) -> list[dict[str, str]]:
@@ -38,17 +38,10 @@ class Rows:
         Raises:
             UserError: If the file has other columns.
         """
-        if not self.path.exists():
-            return []
-        whole = whole_rows(self.path.read_bytes()).decode()
-        reader = csv.DictReader(io.StringIO(whole, newline=""))
-        rows, found = [self.added | row for row in reader], reader.fieldnames or ()
-        if whole and [n for n in self.fields if n in found or n not in self.added] != [*found]:
-            raise UserError(
-                f"{self.path} has other columns than this version writes: move it away, or give "
-                f"another --output"
-            )
-        return rows
+        try:
+            return self._table.read()
+        except ValueError as error:
+            raise UserError(f"{error}, or give another --output") from error
 
     def ids(self) -> set[str]:
         """Return the finished runs."""
@@ -56,20 +49,18 @@ class Rows:
 
     def append(self, row: Mapping[str, Any]) -> bool:
         """Add a row, unless the file has one of that id; tell whether it was added."""
-        line = _line(row[name] for name in self.fields)
         with self._lock:
-            rows = self.read()
-            if any(row["id"] == other["id"] for other in rows):
+            if str(row["id"]) in self.ids():
                 return False
-            if rows and not self.path.read_text().startswith(_line(self.fields)):
-                self.replace(rows)
-            append_rows(self.path, line, _line(self.fields))
+            self._table.append([self._whole(row)])
         return True
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Let the file hold these rows and no others."""
-        lines = [_line(self.fields), *(_line(row[name] for name in self.fields) for row in rows)]
-        write_atomically(self.path, "".join(lines))
+        self._table.replace(map(self._whole, rows))
+
+    def _whole(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: row[name] for name in self.fields}  # none is missing
 
     def same_images(self, name: str, size: int, digest: str, origin: str) -> None:
         """Refuse to mix rows of different images under one name.
@@ -89,12 +80,6 @@ class Rows:
                     f"{self.path} holds runs on other images called {name!r} (from "
                     f"{row['origin']}, not {origin}): give another --output"
                 )
-
-
-def _line(values: Iterable[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
 
 
 @contextlib.contextmanager

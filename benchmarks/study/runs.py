@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from classifier import clock as clocks
-from classifier import costs, models, pretrained, training
+from classifier import costs, models, pretrained, results, training
 from classifier.batches import Batches
 from classifier.decoded import Source
 from classifier.options import UserError
@@ -21,7 +18,6 @@ from classifier.training import Run
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch.timing import device_name
 from study import settings as study_settings
 from study.settings import NAMES, Settings, cells
 
@@ -202,18 +198,7 @@ def train(
 
 def machine(device: torch.device, jobs: int) -> dict[str, Any]:
     """Return what a run ran on; ``jobs``: how many processes shared it."""
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "jobs": jobs,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "ssprop_patch": ssp.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+    return {"device": device.type, "jobs": jobs, **results.machine(device)}
 
 
 def _outcome(trained: training.Trained, on_train: tuple[float, float]) -> dict[str, Any]:

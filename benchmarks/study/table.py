@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from classifier.table import spread
 from rich.table import Table
 
+from ssprop_patch._text import markdown as markdown_table
 from study.equal_flops import above_dense, text
 from study.groups import Condition, Method
 
@@ -77,10 +78,8 @@ def markdown(conditions: Sequence[Condition], name: str) -> str:
     parts = [f"# {name}\n"]
     for condition in conditions:
         names, lines = cells(condition)
-        rule = ["---", *["---:"] * (len(names) - 1)]
-        rows = [names, rule, *lines]
         parts.append(f"## {condition.label}\n")
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
+        parts.append(markdown_table([names, *lines], "lr") + "\n")
         parts.append(_machine(condition) + "\n")
     parts.append(LEGEND + "\n")
     return "\n".join(parts)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
+from ssprop_patch._text import one_line
 
 from . import count, models, oracle
 from .snapshot import Snapshot
@@ -86,7 +87,7 @@ def row(entry: models.Entry) -> Row:
         if result != "not run":
             break
     found |= {"library": entry.library, "family": entry.family, "name": entry.name}
-    found |= {"result": result, "reason": _one_line(reason)}
+    found |= {"result": result, "reason": one_line(reason, 200)}
     found["torch"] = torch.__version__
     found["version"] = importlib.metadata.version(entry.library)
     found["seconds"] = f"{time.perf_counter() - start:.1f}"
@@ -187,7 +188,7 @@ def check(sample: models.Sample, seed: int, found: Row) -> tuple[str, str]:
         # Linear layers that see one position count for more in a small image than in a large one.
         inputs = (torch.empty(sample.native),)
         model.requires_grad_(True)
-        _note_shares(count.shares_without_data(model, inputs), found)
+        _note_shares(count.shares(model, inputs), found)
     return "ok", ""
 
 
@@ -290,8 +291,3 @@ def _compare(got: Run, want: Run, model: nn.Module, gap: float) -> tuple[str, st
     if worst:
         raise Tie(worst) if gap < TIE[dtype] else Mismatch(worst)
     return f"{largest:.1e}", f"{weak}/{len(own)}"
-
-
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:197] + "..."

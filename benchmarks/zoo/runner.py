@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
-import io
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +12,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from files import append_rows, whole_rows, write_atomically
 from processes import context
+
+from ssprop_patch._csv_table import CsvTable
 
 from .models import Entry
 
@@ -28,23 +27,15 @@ MODELS_PER_WORKER = 25  # then a fresh one, so that what leaks does not grow
 
 
 class Results:
-    """A CSV of rows, each appended in one write: a killed run leaves whole rows only."""
+    """A CSV of rows, a network each: a killed run leaves whole rows only."""
 
     def __init__(self, path: Path, fields: tuple[str, ...]) -> None:
-        self.path, self.fields = path, fields
-        if path.exists():
-            text = path.read_bytes()
-            whole = whole_rows(text)
-            if whole != text:  # the machine stopped in the middle of a write
-                write_atomically(path, whole)
-        if not path.exists() or not path.stat().st_size:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, _line(fields))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._table = CsvTable(path, fields)
 
     def rows(self) -> list[Row]:
         """Return what is there."""
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return self._table.read()
 
     def done(self) -> dict[Entry, Row]:
         """Return the rows by network."""
@@ -52,20 +43,12 @@ class Results:
 
     def append(self, row: Row) -> None:
         """Add one row."""
-        append_rows(self.path, _line(row.get(name, "") for name in self.fields))
+        self._table.append([row])
 
     def keep(self, wanted: Callable[[Entry], bool], order: Iterable[Entry]) -> None:
         """Rewrite the file with the wanted rows, in the given order."""
         done = self.done()
-        rows = [done[entry] for entry in order if entry in done and wanted(entry)]
-        text = _line(self.fields) + "".join(_line(r[n] for n in self.fields) for r in rows)
-        write_atomically(self.path, text)
-
-
-def _line(values: Iterable[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
+        self._table.replace(done[entry] for entry in order if entry in done and wanted(entry))
 
 
 # --- a worker ---------------------------------------------------------------------------------

@@ -51,18 +51,16 @@ class Run:
         try:
             with contextlib.ExitStack() as stack:
                 also = stack.enter_context(_heard(sample.also))
-                if watch:
-                    watching = stack.enter_context(count.watched(model))
                 outputs = [*tensors(model(*inputs)), *also]
             # A smooth loss whose gradient differs everywhere.
             loss = sum((t * torch.randn(t.shape)).sum() for t in outputs if t.requires_grad)
+            self.shares = count.shares(model, inputs) if watch else None
             if backward:
                 loss.backward()
         except Exception as error:
             if is_memory(error) or ssp.is_converted(model):
                 raise
             raise CannotRun(said(error)) from error
-        self.shares = watching.shares(inputs) if watch else None
         self.outputs = [t.detach() for t in outputs]
         self.grads: dict[str, Tensor | None] = {}
         if backward:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ssprop_patch._text import markdown as markdown_table
+
 KINDS = {
     "ResNet-like": """resnet resnetv2 resnest res2net senet sknet nfnet byobnet byoanet regnet
         tresnet selecsls dla hrnet hgnet dpn densenet rdnet vovnet cspnet cspnext xception
@@ -43,22 +45,30 @@ def markdown(rows: Sequence[Row]) -> str:
         groups.setdefault(kind(row), []).append(row)
     order = [f"timm: {name}" for name in (*KINDS, "others")]
     names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
-    lines = [
-        "| networks | number | ok | no convolution | other | convolutions | sparse "
-        "| of backward FLOPs | of the step |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_line(name, groups[name]) for name in names]
+    cells = [_HEAD, *(_cells(name, groups[name]) for name in names)]
     if len(groups) > 1:
-        lines.append(_line("all", rows))
-    return "\n".join(lines)
+        cells.append(_cells("all", rows))
+    return markdown_table(cells)
 
 
-def _line(name: str, rows: Sequence[Row]) -> str:
+_HEAD = (
+    "networks",
+    "number",
+    "ok",
+    "no convolution",
+    "other",
+    "convolutions",
+    "sparse",
+    "of backward FLOPs",
+    "of the step",
+)
+
+
+def _cells(name: str, rows: Sequence[Row]) -> list[str]:
     ok = sum(r["result"] == "ok" for r in rows)
     nothing = sum(r["result"] == "nothing to convert" for r in rows)
     numbers = [len(rows), ok, nothing, len(rows) - ok - nothing]
     numbers += [sum(int(r[key] or 0) for r in rows) for key in ("convolutions", "sparse")]
     shares = [[float(r[key]) for r in rows if r[key]] for key in ("backward_share", "step_share")]
     medians = [f"{100 * statistics.median(s):.1f} %" if s else "" for s in shares]
-    return f"| {' | '.join([name, *map(str, numbers), *medians])} |"
+    return [name, *map(str, numbers), *medians]

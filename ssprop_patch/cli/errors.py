@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .. import _text
+
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -19,7 +21,4 @@ class UsageError(CommandError):
 
 def one_line(error: object, limit: int = 600) -> str:
     """Return an error, or its text, on one line of bearable length."""
-    text = " ".join(str(error).split())
-    if isinstance(error, Exception) and not text:
-        text = "no message"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return _text.one_line(error, limit) or "no message"

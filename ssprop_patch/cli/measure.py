@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._progress import Progress
+from .._text import sizes
 from ..metering import energy
-from ..timing import LayerTime, StepTime, device_name, joules_per_step, time_layers, time_steps
-from . import options, output
+from ..ops import autotune
+from ..timing import device_name, joules_per_step, time_layers, time_steps
+from . import options, output, times
 from .errors import CommandError, UsageError, one_line
 from .models import load_model
 
@@ -27,48 +28,24 @@ training gains as much in the sparse epochs and nothing in the dense ones. Let n
 The number of threads is torch's (OMP_NUM_THREADS=4 ssprop-patch measure ...).
 
 examples:
-  ssprop-patch measure timm:resnet50 --input-size 8 3 160 160
-  ssprop-patch measure torchvision:resnet50 --input-size 256 3 224 224 --device cuda \\
+  ssprop-patch measure timm:resnet50 --input-size 8x3x160x160
+  ssprop-patch measure torchvision:resnet50 --input-size 256x3x224x224 --device cuda \\
       --channels-last --amp bf16
-  ssprop-patch measure my_nets.py:build --input-size 32 3 64 64 --iterations 50 --csv > times.csv
+  ssprop-patch measure my_nets.py:build --input-size 32x3x64x64 --iterations 50 --csv > times.csv
 """
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FIELDS = (
-    "kind",
-    "name",
-    "class",
-    "calls",
-    "input_shape",
-    "weight_shape",
-    "output_shape",
-    "kernel",
-    "dense_p20",
-    "dense_p50",
-    "dense_p80",
-    "sparse_p20",
-    "sparse_p50",
-    "sparse_p80",
-    "unit",
-    "share_of_dense",
-    "pays",
-)
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command's options."""
-    parser = commands.add_parser(
-        "measure",
-        help="milliseconds (and joules) of each layer and of whole steps",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     options.add_model(parser)
     parser.add_argument(
         "--drop-rate",
         type=options.drop_rate,
         default=0.8,
         metavar="D",
-        help="of the sparse side (default: %(default)s)",
+        help=f"of the sparse side (default: %(default)s); {options.D}",
     )
     parser.add_argument(
         "--iterations",
@@ -101,14 +78,19 @@ def run(args: argparse.Namespace) -> None:
     }
     timed = {**common, "iterations": args.iterations}
     try:
-        layers = time_layers(model, inputs, args.drop_rate, **timed, progress=_progress)
+        with Progress("timing layers") as progress:
+            layers = time_layers(model, inputs, args.drop_rate, **timed, progress=progress)
         if not layers:
             raise CommandError("no layer that a conversion would take ran in training mode")
-        steps = time_steps(model, inputs, args.drop_rate, **timed)
+        with Progress("timing whole steps") as progress:
+            steps = time_steps(model, inputs, args.drop_rate, **timed, progress=progress)
         counter, reason = energy.find_counter()
         joules = {}
         if counter is not None:
-            joules = joules_per_step(counter, model, inputs, args.drop_rate, **common)
+            with Progress("measuring energy") as progress:
+                joules = joules_per_step(
+                    counter, model, inputs, args.drop_rate, **common, progress=progress
+                )
     except (RuntimeError, ValueError) as error:  # the model's own; out of memory
         raise CommandError(one_line(error)) from error
     setting = _setting(args, device)
@@ -131,12 +113,13 @@ def run(args: argparse.Namespace) -> None:
             }
         )
     elif args.csv:
-        rows = [{**row, **setting} for row in _csv_rows(layers, steps, joules)]
-        output.print_csv(rows, [*_FIELDS, *setting])
+        rows = [{**row, **setting} for row in times.csv_rows(layers, steps, joules)]
+        output.print_csv(rows, [*times.FIELDS, *setting])
     else:
+        native = setting.pop("native")
         print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items()))
-        print()
-        print(_text(layers, steps, joules, reason))
+        print(f"native: {native}\n")
+        print(times.text(layers, steps, joules, reason))
 
 
 def _device(text: str) -> torch.device:
@@ -169,7 +152,7 @@ def _prepare(
 def _setting(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {
         "model": args.model,
-        "input_size": " and ".join(map(output.shape, args.input_size)),
+        "input_size": " and ".join(map(sizes, args.input_size)),
         "drop_rate": args.drop_rate,
         "selection": args.selection,
         "remainder": args.remainder,
@@ -179,113 +162,11 @@ def _setting(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "native": _native(device),
     }
 
 
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\rtiming layer {done} of {total}", end=end, file=sys.stderr, flush=True)
-
-
-def _text(
-    layers: list[LayerTime], steps: list[StepTime], joules: dict[str, float], reason: str
-) -> str:
-    rows = [
-        (
-            "layer",
-            "class",
-            "input",
-            "weight",
-            "calls",
-            "kernel",
-            "dense ms",
-            "sparse ms",
-            "share",
-            "pays",
-        )
-    ]
-    rows += [
-        (
-            t.name or "(model)",
-            t.cls,
-            output.shape(t.input_shape),
-            output.shape(t.weight_shape),
-            str(t.calls),
-            t.kernel,
-            f"{t.dense_ms.p50:.3f}",
-            f"{t.sparse_ms.p50:.3f}",
-            f"{t.share:.2f}",
-            "yes" if t.pays else "no",
-        )
-        for t in layers
-    ]
-    dense = sum(t.calls * t.dense_ms.p50 for t in layers)
-    sparse = sum(t.calls * t.sparse_ms.p50 for t in layers)
-    lines = [
-        output.table(rows, left=4),
-        "",
-        f"layers alone: {dense:.1f} ms dense, {sparse:.1f} ms sparse ({sparse / dense:.2f}); the "
-        f"sparse backward pays in {sum(t.pays for t in layers)} of {len(layers)}",
-        "",
-    ]
-    whole = [("whole step", "dense s", "sparse s", "share")]
-    whole += [
-        (s.mode, f"{s.dense_s.p50:.4f}", f"{s.sparse_s.p50:.4f}", f"{s.share:.2f}") for s in steps
-    ]
-    lines += [output.table(whole), ""]
-    if joules:
-        share = f" ({joules['sparse'] / joules['dense']:.2f})" if joules["dense"] else ""
-        lines.append(
-            f"energy: {joules['dense']:.2f} J a step dense, {joules['sparse']:.2f} J sparse{share}"
-        )
-    else:
-        lines.append(f"energy: not measured: {reason}")
-    return "\n".join(lines)
-
-
-def _csv_rows(
-    layers: list[LayerTime], steps: list[StepTime], joules: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    for t in layers:
-        shapes = {
-            name: output.shape(getattr(t, name))
-            for name in ("input_shape", "weight_shape", "output_shape")
-        }
-        yield {
-            "kind": "layer",
-            "name": t.name,
-            "class": t.cls,
-            "calls": t.calls,
-            **shapes,
-            "kernel": t.kernel,
-            **_sides(t.dense_ms, t.sparse_ms),
-            "unit": "ms",
-            "share_of_dense": t.share,
-            "pays": t.pays,
-        }
-    for s in steps:
-        yield {
-            "kind": "step",
-            "name": s.mode,
-            **_sides(s.dense_s, s.sparse_s),
-            "unit": "s",
-            "share_of_dense": s.share,
-        }
-    if joules:
-        yield {
-            "kind": "step",
-            "name": "energy",
-            "dense_p50": joules["dense"],
-            "sparse_p50": joules["sparse"],
-            "unit": "J",
-            "share_of_dense": joules["sparse"] / (joules["dense"] or 1),
-        }
-
-
-def _sides(dense: Any, sparse: Any) -> dict[str, float]:
-    return {
-        f"{side}_{name}": value
-        for side, q in (("dense", dense), ("sparse", sparse))
-        for name, value in q._asdict().items()
-    }
+def _native(device: torch.device) -> str:
+    """Say whether the package's own kernels took part: they are half of what is measured."""
+    name = "Triton kernels" if device.type == "cuda" else "C functions"
+    return f"{name} {autotune.backends()[name]}"

@@ -14,8 +14,7 @@ from typing import Any
 from torch import nn
 
 from .errors import CommandError, UsageError, one_line
-
-KINDS = "timm:NAME, torchvision:NAME or PATH.py:FUNCTION"
+from .options import MODELS
 
 
 def load_model(text: str) -> nn.Module:
@@ -34,7 +33,7 @@ def load_model(text: str) -> nn.Module:
     if text.endswith(".py"):
         raise UsageError(f"MODEL {text}: name a function in it: {text}:FUNCTION")
     hint = f"; for example timm:{text}" if text and not colon else ""
-    raise UsageError(f"MODEL {text!r} is none of {KINDS}{hint}")
+    raise UsageError(f"MODEL {text!r} is none of {MODELS}{hint}")
 
 
 def _from_timm(name: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .._csv_table import csv_lines
 from .._files import replacing
 from .errors import CommandError, one_line
 
@@ -21,27 +21,7 @@ def print_json(value: Any) -> None:
 
 def print_csv(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> None:
     """Print rows as CSV; what a row does not have stays empty."""
-    writer = csv.DictWriter(sys.stdout, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return rows as columns, the first ``left`` aligned to the left, with a rule below row 0."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def shape(sizes: Iterable[int]) -> str:
-    """Return ``8x3x224x224``."""
-    return "x".join(map(str, sizes))
+    sys.stdout.writelines(csv_lines(rows, fields))
 
 
 def plot(draw: Callable[[ModuleType], Any], path: Path) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
+from .._text import percent, sizes, table
 from ..flops.count import summary
+from ..flops.shares import with_shares
 from ..flops.summary import Summary
 from ..patching.dry_run import dry_run
 from ..patching.plan import Plan, PlanRow
@@ -21,20 +21,20 @@ from .models import load_model
 
 _DESCRIPTION = """\
 Show what a conversion would do to a model: the layers that get a sparse backward, the FLOPs that
-saves in each of them and in all, and the layers that stay dense, and why.
+saves in each of them and in the whole network, and the layers that stay dense, and why.
 """
 _EPILOG = f"""\
 Without --drop-rate and --schedule the paper's schedule counts, {presets.PAPER!r}.
 FLOPs are what the gradient needs; "ssprop-patch measure" says what that is worth on this machine.
 
 examples:
-  ssprop-patch report timm:resnet50 --input-size 8 3 224 224
-  ssprop-patch report torchvision:resnet18 --input-size 64 3 224 224 --drop-rate 0.8 --csv
-  ssprop-patch report my_nets.py:build --input-size 32 3 64 64 \\
+  ssprop-patch report timm:resnet50 --input-size 8x3x224x224
+  ssprop-patch report torchvision:resnet18 --input-size 64x3x224x224 --drop-rate 0.8 --csv
+  ssprop-patch report my_nets.py:build --input-size 32x3x64x64 \\
       --schedule "CosineSchedule(0, 0.8, total=30)" --epochs 30
-  ssprop-patch report timm:resnet50 --input-size 8 3 224 224 --drop-rate 0.8 \\
+  ssprop-patch report timm:resnet50 --input-size 8x3x224x224 --drop-rate 0.8 \\
       --selection principal --remainder coarse
-  ssprop-patch report timm:convnext_atto --input-size 16 3 224 224 --types Conv2d Linear \\
+  ssprop-patch report timm:convnext_atto --input-size 16x3x224x224 --types Conv2d Linear \\
       --plot convnext.png
 """
 # The paper's, at which a plan says what directions a layer gets where no rate is given.
@@ -55,27 +55,18 @@ _FIELDS = (
     "dense_backward",
     "sparse_backward",
     "saved",
+    "share",
 )
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command's options."""
-    parser = commands.add_parser(
-        "report",
-        help="what would be patched and saved, layer by layer",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     options.add_model(parser)
-    rate = parser.add_mutually_exclusive_group()
-    rate.add_argument(
-        "--drop-rate", type=options.drop_rate, metavar="D", help="count with this rate"
-    )
-    rate.add_argument(
-        "--schedule",
-        type=options.schedule,
-        metavar="TEXT",
-        help='count the mean over, for example, "BarSchedule(0.8)"',
+    options.add_rate(
+        parser,
+        "count with this constant rate",
+        'count the mean over, for example, "BarSchedule(0.8)", or paper',
     )
     parser.add_argument(
         "--epochs", type=options.count, metavar="N", help="how many the schedule is averaged over"
@@ -105,10 +96,11 @@ def run(args: argparse.Namespace) -> None:
     how = options.selection(args)
     rate = _PLANNED if args.drop_rate is None else args.drop_rate
     planned = dry_run(model, types=classes, **how, drop_rate=rate, align=args.align)
-    sizes = args.input_size if len(args.input_size) > 1 else args.input_size[0]
+    size = args.input_size if len(args.input_size) > 1 else args.input_size[0]
+    planned = with_shares(planned, model, size, None)
     counted = summary(
         model,
-        input_size=sizes,
+        input_size=size,
         types=classes,
         drop_rate=args.drop_rate,
         schedule=args.schedule,
@@ -122,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             {
                 "model": args.model,
                 "input_size": args.input_size,
-                "plan": [_plan_row(row) for row in planned],
+                "plan": [_plan_row(row) for row in (*planned, *planned.others)],
                 "summary": counted.to_dict(),
             }
         )
@@ -132,12 +124,9 @@ def run(args: argparse.Namespace) -> None:
         output.plot(lambda plots: plots.flops_per_layer(counted), args.plot)
     else:
         parameters = sum(p.numel() for p in model.parameters())
-        shown = " and ".join(map(output.shape, args.input_size))
+        shown = " and ".join(map(sizes, args.input_size))
         print(f"{args.model}: {parameters / 1e6:.2f} M parameters, input {shown}\n")
         print(_plan_text(planned))
-        linear = sum(isinstance(m, nn.Linear) for m in model.modules())
-        if linear and nn.Linear not in classes:
-            print(f"  and {linear} nn.Linear, which stay dense: not among --types")
         print()
         print(_dense_text(planned), end="")
         print(counted)
@@ -154,42 +143,69 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--schedule {schedule!r} counts optimizer steps: give --steps-per-epoch")
 
 
-def _plan_row(row: PlanRow) -> dict[str, str]:
-    return {"name": row.name, "class": row.cls.__name__, "action": row.action, "reason": row.reason}
+def _plan_row(row: PlanRow) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "class": row.cls.__name__,
+        "action": row.action,
+        "reason": row.reason,
+        "share": row.share,
+    }
 
 
 def _plan_text(planned: Plan) -> str:
-    """Return how many layers are converted, and of which kinds."""
+    """Return how many layers are converted, of which kinds, and what they hold of the FLOPs."""
     kinds = Counter((row.cls.__name__, row.reason) for row in planned.converted)
+    dense = len(planned) - len(planned.converted) + len(planned.others)
     lines = [
-        f"{len(planned)} layers: {len(planned.converted)} to convert, "
-        f"{len(planned) - len(planned.converted)} stay dense"
+        f"{len(planned) + len(planned.others)} layers: {len(planned.converted)} to convert, "
+        f"{dense} stay dense"
     ]
     lines += [f"  {n} {cls}: {reason}" for (cls, reason), n in kinds.items()]
+    if planned.has_shares:
+        lines.append(planned.where_the_flops_are())
+    if planned.suggested_types:
+        names = " ".join(cls.__name__ for cls in planned.suggested_types)
+        lines.append(f"--types {names} converts the layers that hold more of them")
     return "\n".join(lines)
 
 
 def _dense_text(planned: Plan) -> str:
-    """Return a row for each layer that is not converted; nothing, if all are."""
-    others = [row for row in planned if row.action != "convert"]
-    cells = [
-        ("stays dense", "class", "why"),
-        *((r.name or "(model)", r.cls.__name__, r.reason) for r in others),
-    ]
-    return output.table(cells, left=3) + "\n\n" if others else ""
+    """Return a row for each layer that is not converted, others of a kind in one; or nothing."""
+    groups = [(row.shown_name, [row]) for row in planned if row.action != "convert"]
+    kinds: dict[tuple[str, str], list[PlanRow]] = {}
+    for row in planned.others:
+        kinds.setdefault((row.cls.__name__, row.reason), []).append(row)
+    for same in kinds.values():
+        groups.append((f"{len(same)} layers" if len(same) > 1 else same[0].shown_name, same))
+    cells = [("stays dense", "class", "FLOPs", "why")]
+    for name, same in groups:
+        share = percent(sum(row.share or 0.0 for row in same)) if planned.has_shares else ""
+        cells.append((name, same[0].cls.__name__, share, same[0].reason))
+    return table(cells) + "\n\n" if groups else ""
 
 
 def _csv_rows(planned: Plan, counted: Summary) -> Iterator[dict[str, Any]]:
-    """Yield the counted layers, as often as they have shapes, and then those without a count."""
-    rows = {row.name: row for row in planned}
+    """Yield the counted layers, as often as they have shapes, and then those without a count.
+
+    The last row is everything else that the network computes: with it the columns add up.
+    """
+    rows = {row.name: row for row in (*planned, *planned.others)}
     for layer in counted.layers:
         shapes = {
-            name: output.shape(getattr(layer, name))
+            name: sizes(getattr(layer, name))
             for name in ("input_shape", "weight_shape", "output_shape")
         }
         values = {**asdict(layer), **shapes, "saved": layer.saved}
         yield {k: v for k, v in {**values, **_plan_row(rows[layer.name])}.items() if k in _FIELDS}
     counted_names = {layer.name for layer in counted.layers}
-    for row in planned:
+    for row in rows.values():
         if row.name not in counted_names:
             yield _plan_row(row)
+    if counted.others is not None:
+        yield {
+            "name": "(everything else)",
+            "forward": counted.others.forward,
+            "dense_backward": counted.others.dense_backward,
+            "sparse_backward": counted.others.backward,
+        }

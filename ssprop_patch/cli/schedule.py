@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from .._text import table
 from ..schedule.schedules import Schedule
 from . import options, output
 from .errors import UsageError
@@ -12,9 +12,11 @@ from .errors import UsageError
 _DESCRIPTION = "Show the drop rates of a schedule over a training, and their average."
 _EPILOG = """\
 A schedule is written as in Python, but read, never run: ConstantSchedule, BarSchedule,
-LinearSchedule, CosineSchedule, StepSchedule, SequentialSchedule, or a number.
+LinearSchedule, CosineSchedule, StepSchedule, SequentialSchedule, a number, or the name of a preset,
+paper or steady.
 
 examples:
+  ssprop-patch schedule paper --epochs 10
   ssprop-patch schedule "BarSchedule(0.8, period=2)" --epochs 10
   ssprop-patch schedule "CosineSchedule(0, 0.8, total=5000, interval='step')" \\
       --epochs 10 --steps-per-epoch 500 --plot cosine.png
@@ -24,16 +26,14 @@ examples:
 _BAR = 40  # characters that a drop rate of 1 would be long
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command's options."""
-    parser = commands.add_parser(
-        "schedule", help="the drop rates of a schedule", description=_DESCRIPTION, epilog=_EPILOG
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.add_argument(
         "schedule",
         metavar="SCHEDULE",
         type=options.schedule,
-        help='for example "BarSchedule(0.8, period=2)"',
+        help='for example "BarSchedule(0.8, period=2)", paper or steady',
     )
     parser.add_argument("--epochs", type=options.count, required=True, metavar="N")
     parser.add_argument(
@@ -84,16 +84,11 @@ def _table(schedule: Schedule, rates: list[float], epochs: int, per_epoch: int) 
     if schedule.interval == "epoch":
         rows: list[tuple[str, ...]] = [("epoch", "drop rate", "")]
         rows += [(str(e), f"{r:.4g}", "#" * round(_BAR * r)) for e, r in enumerate(rates)]
-        return _with_bars(rows)
+        return table(rows, "rrl")
     rows = [("epoch", "mean", "lowest", "highest", "")]
     for epoch in range(epochs):
         part = rates[epoch * per_epoch : (epoch + 1) * per_epoch]
         mean = sum(part) / per_epoch
         numbers = (f"{n:.4g}" for n in (mean, min(part), max(part)))
         rows.append((str(epoch), *numbers, "#" * round(_BAR * mean)))
-    return _with_bars(rows)
-
-
-def _with_bars(rows: list[tuple[str, ...]]) -> str:
-    width = max(len(row[-1]) for row in rows)
-    return output.table([(*row[:-1], row[-1].ljust(width)) for row in rows], left=0)
+    return table(rows, "rrrrl")

@@ -3,7 +3,10 @@
 A convolution has a *coarse twin*. It takes the mean of the input over tiles, applies the kernel
 summed over its taps, and repeats each result over a block of ``block`` output positions in every
 dimension. Its gradient costs ``1 / (block ** dims * taps)`` of the convolution's own, as it is that
-of a 1x1 convolution of small maps; all taps of dW get the same.
+of a 1x1 convolution of small maps; all taps of dW get the same. Each tap counts with the share of
+outputs for which it reads the input and not the padding: where the kernel is about as large as the
+map, as in the last stages of a network, the plain sum would be several times too large, and in
+every layer again.
 
 A tile is ``block * stride`` input positions long and lies in the middle of what its block's outputs
 read. Tiles that reach over an edge are clipped. A transposed convolution's twin is the adjoint of
@@ -12,6 +15,8 @@ the ordinary one's: blocks of the input, tiles of the output.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -65,6 +70,12 @@ class Cells(NamedTuple):
     size: tuple[int, ...]
     number: tuple[int, ...]
 
+    @classmethod
+    def blocks(cls, length: tuple[int, ...], block: int) -> Self:
+        """Return cells of ``block`` positions in each dimension, from the first position on."""
+        size = tuple(min(block, n) for n in length)
+        return cls(length, (0,) * len(length), size, count_blocks(length, block))
+
     def sums(self, t: Tensor) -> Tensor:
         """Return the sum over each cell's positions inside the map, (N, C, *count).
 
@@ -104,7 +115,7 @@ class Cells(NamedTuple):
 
     def add_spread(self, to: Tensor, t: Tensor) -> Tensor:
         """Return ``to + spread(t)``; in place, where nothing of ``to`` is recorded."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return to + self.spread(t)
         if any(self.start) or self._reach() != self.length:
             return to.add_(self.spread(t))
@@ -120,14 +131,10 @@ class Cells(NamedTuple):
 
     def inside(self, like: Tensor) -> Tensor:
         """Return how many positions of each cell lie inside the map, (*count), at least 1."""
-        counts = torch.ones((), dtype=like.dtype, device=like.device)
-        for length, start, size, count in zip(*self, strict=True):
-            here = [
-                max(1, min(length, start + (i + 1) * size) - max(0, start + i * size))
-                for i in range(count)
-            ]
-            counts = counts.unsqueeze(-1) * torch.tensor(here, dtype=like.dtype, device=like.device)
-        return counts
+        # Dynamo traces through a cache, with a warning.
+        count = _count_inside if torch.compiler.is_compiling() else _inside
+        counts = torch.tensor(count(self), dtype=like.dtype, device=like.device)
+        return counts.view(self.number)
 
     def are_whole(self) -> bool:
         """Whether all cells lie inside the map."""
@@ -138,8 +145,21 @@ class Cells(NamedTuple):
         return tuple(size * count for size, count in zip(self.size, self.number, strict=True))
 
 
+def _count_inside(cells: Cells) -> list[int]:
+    each = [
+        [max(1, min(length, start + (i + 1) * size) - max(0, start + i * size)) for i in range(n)]
+        for length, start, size, n in zip(*cells, strict=True)
+    ]
+    return [prod(counts) for counts in itertools.product(*each)]
+
+
+_inside = functools.lru_cache(maxsize=256)(_count_inside)
+
+
 def _pool(t: Tensor, size: tuple[int, ...]) -> Tensor:
-    if t.dim() == 4 and t.is_contiguous() and t.shape[2] % size[0] == t.shape[3] % size[1] == 0:
+    # A traced pooling is one fused loop in any format.
+    ordinary = t.dim() == 4 and not torch.compiler.is_compiling()
+    if ordinary and t.is_contiguous() and t.shape[2] % size[0] == t.shape[3] % size[1] == 0:
         # Twice as fast on a CPU. The second sum is of so few numbers that a product is faster.
         rows = t.unflatten(2, (-1, size[0])).sum(3)
         return rows.unflatten(3, (-1, size[1])) @ t.new_ones(size[1])
@@ -176,16 +196,20 @@ class CoarseTwin:
         self.transposed = params.transposed
         fine, large = (x_size, y_size) if params.transposed else (y_size, x_size)
         dims = range(len(kernel))
-        size = tuple(min(block, n) for n in fine)
-        count = count_blocks(fine, block)
-        tile = tuple(size[d] * params.stride[d] for d in dims)
+        blocks = self.cells.blocks(fine, block)
+        tile = tuple(blocks.size[d] * params.stride[d] for d in dims)
         # Half of what an output reads and the stride does not cover, rounded up.
         middle = [params.dilation[d] * (kernel[d] - 1) + 2 - params.stride[d] for d in dims]
         start = tuple(middle[d] // 2 - params.padding[d] for d in dims)
-        blocks = self.cells(fine, (0,) * len(size), size, count)
-        tiles = self.cells(large, start, tile, count)
+        tiles = self.cells(large, start, tile, blocks.number)
         self.of_x, self.of_y = (blocks, tiles) if params.transposed else (tiles, blocks)
         self._tiles, self._dims, self._groups = tiles, len(kernel), params.groups
+        self._seen = tuple(
+            _seen(n, m, taps, stride, padding, dilation)
+            for n, m, taps, stride, padding, dilation in zip(
+                fine, large, kernel, params.stride, params.padding, params.dilation, strict=True
+            )
+        )
 
     @classmethod
     def of(cls, dy: Tensor, x: Tensor, w: Tensor, params: ConvParams, block: int) -> Self:
@@ -225,21 +249,59 @@ class CoarseTwin:
             w: Weight of the convolution.
 
         Returns:
-            That of the input, (N, C_in, *blocks), for ``of_x.spread``; and that of each tap of the
-            weight, of the shape of ``w`` with one tap.
+            That of the input, (N, C_in, *blocks), for ``of_x.spread``; and that of the weight, of
+            the shape of ``w`` with one tap, for :meth:`spread_taps`.
         """
-        matrix = _sum_of_taps(w)
-        dx = self._products(e, matrix) if needs_x else None
-        dw = self._sums(e, self._pool_input(x), matrix) if needs_w else None
+        matrix = self._sum_of_taps(w)
+        if self._groups == 1:
+            dx, dw = self._of_rows(e, x, matrix, needs_x, needs_w)
+        else:
+            dx = self._products(e, matrix) if needs_x else None
+            dw = self._sums(e, self._pool_input(x), matrix) if needs_w else None
         if dx is not None and not self.transposed:
             dx = self._over_inside(dx)
         return dx, None if dw is None else dw.view(*dw.shape, *(1,) * self._dims)
 
+    def spread_taps(self, dw: Tensor, w: Tensor) -> Tensor:
+        """Return the gradient of all taps of ``w``."""
+        return dw.expand_as(w) if self._all_seen() else dw * self._seen_taps(dw)
+
+    def add_taps(self, to: Tensor, dw: Tensor) -> Tensor:
+        """Return ``to + spread_taps(dw)``; in place, where nothing of ``to`` is recorded."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return to + self.spread_taps(dw, to)
+        return to.add_(dw) if self._all_seen() else to.addcmul_(dw, self._seen_taps(dw))
+
+    def _all_seen(self) -> bool:
+        return all(share == 1 for shares in self._seen for share in shares)
+
+    def _seen_taps(self, like: Tensor) -> Tensor:
+        """Return of each tap the share of outputs for which it reads the input, (1, 1, *kernel)."""
+        shares = [prod(each) for each in itertools.product(*self._seen)]
+        return like.new_tensor(shares).view(1, 1, *map(len, self._seen))
+
+    def _sum_of_taps(self, w: Tensor) -> Tensor:
+        taps = w.flatten(2)
+        if taps.shape[2] == 1 and self._all_seen():
+            return taps.squeeze(2)
+        # Several times as fast as a sum over so few.
+        return taps @ self._seen_taps(w).flatten()
+
+    def _of_rows(
+        self, e: Tensor, x: Tensor, matrix: Tensor, needs_x: bool, needs_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the 1x1 convolution by ``matrix``, of one group."""
+        rows, dx, dw = _channel_rows(e), None, None
+        if needs_w:
+            of_x = _channel_rows(self._pool_input(x))
+            dw = of_x.t() @ rows if self.transposed else rows.t() @ of_x
+        if needs_x:
+            last = rows @ (matrix.t() if self.transposed else matrix)
+            dx = last.view(e.shape[0], *e.shape[2:], -1).movedim(-1, 1)
+        return dx, dw
+
     def _products(self, e: Tensor, matrix: Tensor) -> Tensor:
         """Return the gradient of the input of the 1x1 convolution by ``matrix``."""
-        if self._groups == 1:
-            last = _channel_rows(e) @ (matrix.t() if self.transposed else matrix)
-            return last.view(e.shape[0], *e.shape[2:], -1).movedim(-1, 1)
         rows = e.reshape(e.shape[0], self._groups, e.shape[1] // self._groups, -1)
         parts = matrix.reshape(self._groups, -1, matrix.shape[1])
         turned = parts if self.transposed else parts.transpose(1, 2)
@@ -250,19 +312,22 @@ class CoarseTwin:
     def _sums(self, e: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
         """Return the gradient of ``matrix``."""
         a, b = (x, e) if self.transposed else (e, x)
-        if self._groups == 1:
-            return _channel_rows(a).t() @ _channel_rows(b)
         a, b = (t.reshape(t.shape[0], self._groups, t.shape[1] // self._groups, -1) for t in (a, b))
         if a.shape[2] == 1:
             return (a * b).sum((0, 3)).view(matrix.shape)
         return (a @ b.transpose(2, 3)).sum(0).view(matrix.shape)
 
 
-def _sum_of_taps(w: Tensor) -> Tensor:
-    taps = w.flatten(2)
-    if taps.shape[2] == 1:
-        return taps.squeeze(2)
-    return taps @ w.new_ones(taps.shape[2])  # several times as fast as a sum over so few
+def _seen(
+    fine: int, large: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[float, ...]:
+    """Return of each tap of a dimension the share of positions for which it lies in the map."""
+    shares = []
+    for tap in range(kernel):
+        start = tap * dilation - padding
+        first, last = max(0, -(start // stride)), min(fine - 1, (large - 1 - start) // stride)
+        shares.append(max(0, last - first + 1) / fine if fine else 0.0)
+    return tuple(shares)
 
 
 def _channel_rows(t: Tensor) -> Tensor:

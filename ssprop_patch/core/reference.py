@@ -145,7 +145,7 @@ def whole_backward(
         twin = CoarseTwin.of(dy, x, w, params, block)
         dx_rest, dw_rest = twin.backward(twin.pool_output(rest), x, w, *needs[:2])
         dx_rest = None if dx_rest is None else twin.of_x.spread(dx_rest)
-        dw_rest = None if dw_rest is None else dw_rest.expand_as(w)
+        dw_rest = None if dw_rest is None else twin.spread_taps(dw_rest, w)
         if v is not None or t is not None:
             along = _project_input(dx_rest, dw_rest, v, t)
             dx_rest, dw_rest = (

@@ -10,7 +10,6 @@ from .coarse import Coarse, count_blocks
 from .geometry import convolution_shape
 from .principal import Principal, Side, Subspace, cheaper_side, projected_share
 from .selection import ScoreFn, l1_scores, resolve_selection, selectable_channels
-from .selection import Selection as ChannelSelection
 
 #: What would cost more than this share of the dense gradient is not done.
 PAYS = 0.95
@@ -135,7 +134,8 @@ class Extent(NamedTuple):
         return self.blocks / (at * self.taps or 1)
 
 
-Selection = ChannelSelection | Literal["principal"] | Principal | Subspace
+# The function last: what reads configuration files takes the first that fits.
+Selection = Literal["l1", "l2", "random", "principal"] | Principal | Subspace | ScoreFn
 Remainder = Literal["coarse"] | Coarse | None
 
 #: Channels kept; directions of dy; directions of dX and the weight gradient; all of the gradient.

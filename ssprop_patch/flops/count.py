@@ -1,4 +1,4 @@
-"""What a sparse backward saves on paper: FLOPs of each convolution, and a summary of a model.
+"""What a sparse backward saves on paper: FLOPs of each layer, and a summary of a model.
 
 A multiply-add is two FLOPs. The counts are of the work the gradient needs: where a kernel that
 masks is faster than one that gathers (see :mod:`ssprop_patch.kernels`), the device does more.
@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .._torch_compat import CONV_CLASSES
 from .._validate import check_count, check_drop_rate
@@ -28,17 +27,19 @@ from ..core.rule import (
     resolve_rule,
 )
 from ..core.selection import kept_channels, selectable_channels
-from ..ops import custom_ops
 from ..patching.dry_run import dry_run
 from ..patching.eligibility import DEFAULT_TYPES, Types
 from ..patching.layer_kinds import is_patched_layer
 from ..schedule import presets
 from ..schedule.controller import SparsityController
 from ..schedule.schedules import Schedule, as_schedule
-from ..schedule.settings import settings_of
 from .gradient import ConvFlops, layer_flops, mean_flops
 from .summary import LayerFlops, Summary
+from .torch_counter import tell_torch
+from .totals import Flops
 from .trace import TracedCall, trace
+
+tell_torch()
 
 
 def conv_flops(
@@ -75,76 +76,6 @@ def conv_flops(
     return layer_flops(extent, TOP_K, k, output_mask)
 
 
-# As torch counts aten.convolution_backward and mm: multiply-adds only, no bias, no importance. (Of
-# directions and the coarse remainder all is counted, as summary does.)
-
-
-def _conv_operator_flops(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    transposed: bool,
-    output_padding: Any,
-    rate: Tensor,
-    token: Tensor,
-    output_mask: Sequence[bool],
-    **_: Any,
-) -> int:
-    channels = dy.shape[1]
-    each = selectable_channels(channels, groups)
-    settings = settings_of(token)
-    k = settings.kept(each, float(rate))
-    if not settings.rule.is_top_k:
-        return _rule_flops(dy, x, w, groups, transposed, settings.rule, k, output_mask)
-    kept = k * (channels // each)
-    at = x if transposed else dy  # where the kernel is applied
-    macs = at.numel() // at.shape[1] * w.numel() // channels * kept
-    return 2 * macs * (output_mask[0] + output_mask[1])
-
-
-def _rule_flops(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    groups: int,
-    transposed: bool,
-    rule: BackwardRule,
-    k: int,
-    output_mask: Sequence[bool],
-) -> int:
-    need_x, need_w, need_b = output_mask
-    extent = Extent.of(x.shape, w.shape, dy.shape, groups, transposed, rule.block)
-    return layer_flops(extent, kind_of(rule, extent, k), k, (need_x, need_w, need_b)).backward
-
-
-def _linear_operator_flops(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    rate: Tensor,
-    token: Tensor,
-    output_mask: Sequence[bool],
-    **_: Any,
-) -> int:
-    settings = settings_of(token)
-    kept = settings.kept(w.shape[0], float(rate))
-    if not settings.rule.is_top_k:
-        return _rule_flops(dy, x, w, 1, False, settings.rule, kept, output_mask)
-    return 2 * (dy.numel() // w.shape[0] * kept * w.shape[1]) * (output_mask[0] + output_mask[1])
-
-
-for _operator, _formula in (
-    (custom_ops.conv_backward, _conv_operator_flops),
-    (custom_ops.linear_backward, _linear_operator_flops),
-):
-    if _operator not in flop_registry:  # reloading this module would register it again
-        register_flop_formula(_operator, get_raw=True)(_formula)
-
-
 def summary(
     model: nn.Module,
     *,
@@ -159,12 +90,13 @@ def summary(
     epochs: int | None = None,
     steps_per_epoch: int | None = None,
 ) -> Summary:
-    """Count the FLOPs of a model's convolutions in one training step, dense and sparse.
+    """Count the FLOPs of a model's training step, dense and sparse.
 
-    Convolution modules, and linear layers where they are converted or named in ``types``: no
-    norms, no functional calls. A converted model counts as it is (a layer that is not converted,
-    or frozen in eval mode, as dense), an unconverted one as ``convert(model, types=types)`` would
-    make it. The model is run once, on tensors without
+    All convolutions, matrix products and attention count; no norms, activations, loss, optimizer.
+    Convolution modules, and linear layers where they are converted or named in ``types``, have a
+    row of their own, and the rest of the network one together. A converted model counts as it is
+    (a layer that is not converted, or frozen in eval mode, as dense), an unconverted one as
+    ``convert(model, types=types)`` would make it. The model is run once, on tensors without
     data; where that fails (its path depends on the data), for real and in eval mode. Either way
     it is left exactly as it was, and so are its gradients and the random state.
 
@@ -192,6 +124,7 @@ def summary(
         ValueError: If arguments contradict each other or are missing, if the input does not fit
             the model, or if it has no convolution.
     """
+    tell_torch()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if (input_size is None) == (inputs is None):
@@ -241,15 +174,17 @@ def summary(
         rates(controller)
 
     layers = []
-    for call, calls in trace(model, list(rows), input_size, inputs).items():
+    traced = trace(model, list(rows), input_size, inputs)
+    for call, calls in traced.calls.items():
         module, row = call.module, rows[call.module]
         each = selectable_channels(call.channels, getattr(module, "groups", 1))
         policy, frozen = policies.get(module), model.training and not module.training
         rule = chosen or BackwardRule()
+        converted = row.action == "convert" if not policies else policy is not None
         if policy is not None and not frozen:
             to, rule = policy.align if align is None else align, chosen or policy.rule
             ks, rate = kept(policy.controller, policy.override, to, each)
-        elif not policies and row.action == "convert" and not frozen:
+        elif converted and not frozen:
             ks, rate = kept(None, None, align or 1, each)
         else:
             ks, rate = Counter([each]), 0.0
@@ -270,14 +205,18 @@ def summary(
                 calls * fewest.forward,
                 calls * fewest.dense_backward,
                 sparse,
+                converted,
             )
         )
-    others = tuple(row.name or "(model)" for row in found if row.module not in rows)
+    unlisted = tuple(row.name or "(model)" for row in found if row.module not in rows)
     label = " / ".join(labels)
     aligned = {p.align for p in policies.values()} if align is None else {align}
     if aligned - {1}:
         label += f"; kept channels rounded up to multiples of {'/'.join(map(str, sorted(aligned)))}"
-    return Summary(tuple(layers), label, others)
+    forward = sum(product.forward for product in traced.products)
+    backward = sum(product.backward for product in traced.products)
+    others = None if traced.unknown else Flops(forward, backward, backward)
+    return Summary(tuple(layers), label, unlisted, others, traced.unknown)
 
 
 def _call_flops(call: TracedCall, rule: BackwardRule, k: int) -> ConvFlops:

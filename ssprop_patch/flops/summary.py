@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from .._text import columns, html, sizes
+from .totals import COUNTED, NOTHING, Flops, human_flops, saved_lines
 from .trace import Shape
 
 
@@ -25,6 +27,7 @@ class LayerFlops:
         drop_rate: This layer's drop rate; the mean, where a schedule is averaged over; the true
             one, ``1 - kept / channels``, where ``align`` rounds the number of kept channels up.
         forward, dense_backward, sparse_backward: FLOPs.
+        converted: Whether it has, or a conversion would give it, a sparse backward.
     """
 
     name: str
@@ -39,6 +42,7 @@ class LayerFlops:
     forward: int
     dense_backward: int
     sparse_backward: int
+    converted: bool = True
 
     @property
     def saved(self) -> float:
@@ -48,52 +52,75 @@ class LayerFlops:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """FLOPs of the layers of a model in one training step; prints as a table.
+    """FLOPs of a model in one training step; prints as a table.
+
+    The table is at most 100 columns wide: what does not fit is left out, :meth:`to_dict` has it.
 
     Attributes:
         layers: A row per convolution and shape, in order of the first call.
         rate: What the sparse backward was counted with, in words.
-        not_counted: Names of layers that convolve in their own way, whose cost is not known.
+        not_counted: Names of layers that convolve in their own way: they have no row, and what
+            they run is among the others.
+        others: All other convolutions, matrix products and attention of the network, which stay
+            dense; None where they could not be counted.
+        unknown: Why they could not.
     """
 
     layers: tuple[LayerFlops, ...]
     rate: str
     not_counted: tuple[str, ...] = ()
+    others: Flops | None = NOTHING
+    unknown: str = ""
+
+    @property
+    def totals(self) -> Flops:
+        """The whole network; without the others, where they are not known."""
+        return sum(map(_flops, self.layers), self.others or NOTHING)
+
+    @property
+    def converted(self) -> Flops:
+        """The layers that are converted, or would be."""
+        return sum((_flops(layer) for layer in self.layers if layer.converted), NOTHING)
 
     @property
     def forward(self) -> int:
-        """FLOPs of the forward pass."""
-        return sum(layer.forward for layer in self.layers)
+        """FLOPs of the forward pass of the whole network."""
+        return self.totals.forward
 
     @property
     def dense_backward(self) -> int:
-        """FLOPs of the ordinary backward pass."""
-        return sum(layer.dense_backward for layer in self.layers)
+        """FLOPs of its ordinary backward pass."""
+        return self.totals.dense_backward
 
     @property
     def sparse_backward(self) -> int:
-        """FLOPs of the sparse backward pass; the mean, where a schedule is averaged over."""
-        return sum(layer.sparse_backward for layer in self.layers)
+        """FLOPs of its sparse backward pass; the mean, where a schedule is averaged over."""
+        return self.totals.backward
 
     @property
     def backward_saved(self) -> float:
-        """Share of the backward FLOPs saved."""
-        return (self.dense_backward - self.sparse_backward) / (self.dense_backward or 1)
+        """Share of the whole network's backward FLOPs saved."""
+        return self.totals.backward_saved
 
     @property
     def total_saved(self) -> float:
-        """Share of the forward and backward FLOPs saved."""
-        saved = self.dense_backward - self.sparse_backward
-        return saved / (self.forward + self.dense_backward or 1)
+        """Share of the whole network's forward and backward FLOPs saved."""
+        return self.totals.total_saved
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, totals too, as JSON can hold it."""
         names = ("forward", "dense_backward", "sparse_backward", "backward_saved", "total_saved")
         rows = [{**dataclasses.asdict(row), "saved": row.saved} for row in self.layers]
-        totals = {name: getattr(self, name) for name in names}
-        return {"rate": self.rate, **totals, "layers": rows, "not_counted": list(self.not_counted)}
+        return {
+            "rate": self.rate,
+            **{name: getattr(self, name) for name in names},
+            "converted": dataclasses.asdict(self.converted),
+            "others": self.others and dataclasses.asdict(self.others),
+            "layers": rows,
+            "not_counted": list(self.not_counted),
+        }
 
-    def __str__(self) -> str:
+    def _cells(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [
             (
                 "layer",
@@ -103,7 +130,7 @@ class Summary:
                 "weight",
                 "output",
                 "kept",
-                "D",
+                "drop rate",
                 "forward",
                 "dense bwd",
                 "sparse bwd",
@@ -117,42 +144,56 @@ class Summary:
                     r.name or "(model)",
                     r.cls,
                     str(r.calls),
-                    *("x".join(map(str, shape)) for shape in shapes),
+                    *map(sizes, shapes),
                     f"{r.kept}/{r.channels}",
                     f"{r.drop_rate:.3g}",
-                    *_costs(r, r.saved),
+                    *_costs(_flops(r)),
                 )
             )
-        table.append(("total", *[""] * 7, *_costs(self, self.backward_saved)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        align = [str.ljust, str.ljust, str.rjust, *[str.ljust] * 3, *[str.rjust] * 6]
-        lines = [
-            "  ".join(a(c, w) for a, c, w in zip(align, row, widths, strict=True)).rstrip()
-            for row in table
-        ]
+        if self.others is not None and self.others != NOTHING:
+            table.append(("the rest", *[""] * 7, *_costs(self.others)))
+        table.append(("total", *[""] * 7, *_costs(self.totals)))
+        return table
+
+    def __str__(self) -> str:
+        # What others say, too, is left out first: output, class, calls, rate, weight, input.
+        lines = columns(
+            self._cells(), right=(2, *range(6, 12)), optional=(5, 1, 2, 7, 4, 3), wrapped=0
+        )
         rule = "-" * max(map(len, lines))
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         lines.append(f"sparse backward: {self.rate}")
-        lines.append(
-            f"saved: {100 * self.backward_saved:.1f} % of the backward FLOPs, "
-            f"{100 * self.total_saved:.1f} % of forward + backward"
-        )
-        lines.append("these layers only: norms, activations and all other layers are not counted")
         if self.not_counted:
             names = ", ".join(self.not_counted[:3]) + ", ..." * (len(self.not_counted) > 3)
-            lines.append(f"nor are {len(self.not_counted)} that convolve in their own way: {names}")
-        return "\n".join(lines)
+            lines.append(
+                f"no row for {len(self.not_counted)} layers that convolve in their own way: {names}"
+            )
+        if self.others is None:
+            lines.append(f"counted: the layers above; everything else is not: {self.unknown}")
+        else:
+            lines.append(f"counted: {COUNTED}")
+        layers = len({layer.name for layer in self.layers if layer.converted})
+        network = None if self.others is None else self.totals
+        first, second = saved_lines(network, self.unknown, self.converted, layers)
+        return "\n".join([*lines, f"saved: {first}", f"       {second}"])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.layers)} layers, {self.rate}: "
+            f"{100 * self.backward_saved:.1f} % of the backward FLOPs saved)"
+        )
+
+    def _repr_html_(self) -> str:
+        head, *layers, total = self._cells()
+        totals = [pair for pair in zip(head, total, strict=True) if pair[1]][1:]
+        notes = [("", line) for line in str(self).splitlines()[len(layers) + 4 :]]
+        return html([*totals, *notes], [head, *layers], f"{len(self.layers)} layers")
 
 
-def _costs(cost: Any, saved: float) -> list[str]:
-    counts = (cost.forward, cost.dense_backward, cost.sparse_backward)
-    return [*(human_flops(n) for n in counts), f"{100 * saved:.1f} %"]
+def _flops(layer: LayerFlops) -> Flops:
+    return Flops(layer.forward, layer.dense_backward, layer.sparse_backward)
 
 
-def human_flops(flops: int) -> str:
-    size, units = float(flops), ["", "k", "M", "G", "T", "P"]
-    while size >= 999.95 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.1f} {units[0]}FLOP" if units[0] else f"{flops} FLOP"
+def _costs(cost: Flops) -> list[str]:
+    counts = (cost.forward, cost.dense_backward, cost.backward)
+    return [*map(human_flops, counts), f"{100 * cost.backward_saved:.1f} %"]

@@ -1,4 +1,4 @@
-"""Which layers a model runs, on what shapes: found without touching the model."""
+"""Which layers and products a model runs, on what shapes: found without touching the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from random import getstate, setstate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .._torch_compat import FakeTensorMode, is_dynamo_imported, tree_leaves, tre
 from .._validate import check_count
 from ..core.operations import OutputMask
 from ..schedule.controller import find_controllers
+from .products import Product, Products
 
 Shape = tuple[int, ...]
 
@@ -36,10 +37,6 @@ class TracedCall:
         return self.output_shape[1 - len(self.weight_shape)]
 
     @property
-    def outputs(self) -> int:
-        return prod(self.output_shape)
-
-    @property
     def macs(self) -> int:
         """Multiply-adds; a transposed convolution applies its kernel at each input position."""
         transposed = getattr(self.module, "transposed", False)
@@ -47,10 +44,34 @@ class TracedCall:
         return prod(at) // at[1 - len(self.weight_shape)] * prod(self.weight_shape)
 
 
+class Trace(NamedTuple):
+    """What one forward pass runs.
+
+    Attributes:
+        calls: The calls of layers, in order, with their number.
+        products: All other convolutions, matrix products and attention.
+        unknown: Why something could not be counted; empty if all was.
+    """
+
+    calls: Counter[TracedCall]
+    products: list[Product]
+    unknown: str
+
+
 def trace(
-    model: nn.Module, layers: Sequence[nn.Module], input_size: Any, inputs: Any
-) -> Counter[TracedCall]:
-    """Return the calls of ``layers`` in one forward pass, in order, with their number.
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    input_size: Any,
+    inputs: Any,
+    also: Sequence[nn.Module] = (),
+) -> Trace:
+    """Run one forward pass; return the calls of ``layers``, and all other products.
+
+    Args:
+        model: Any module.
+        layers: The layers whose calls are wanted.
+        input_size, inputs: As for :func:`ssprop_patch.summary`.
+        also: Modules whose products are to be known as theirs.
 
     Raises:
         TypeError, ValueError: As :func:`ssprop_patch.summary`.
@@ -61,6 +82,7 @@ def trace(
     # wants targets in training mode may run in eval mode, and one that looks at values only there.
     for fake, training in ((True, True), (True, False), (False, False)):
         calls: Counter[TracedCall] = Counter()
+        products = Products()
         as_is = training and model.training
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
             for module in model.modules():
@@ -69,11 +91,13 @@ def trace(
                 if fake:  # observers, not part of the computation, as the pre-hooks may be
                     for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
                         vars(module)[name] = OrderedDict()
+            for module in also:
+                vars(module)["forward"] = _noted(module, products)
             for module in layers:
-                vars(module)["forward"] = _recorded(module, calls)
+                vars(module)["forward"] = _recorded(module, calls, products)
             try:
-                _run(model, make, fake)
-                return calls
+                _run(model, make, fake, products)
+                return Trace(calls, products.found, products.unknown)
             except Exception as e:
                 error = e
     raise ValueError(
@@ -81,7 +105,20 @@ def trace(
     ) from error
 
 
-def _recorded(module: Any, calls: Counter[TracedCall]) -> Callable[..., Any]:
+def _noted(module: Any, products: Products) -> Callable[..., Any]:
+    forward = module.forward
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        around, products.layer = products.layer, module
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            products.layer = around
+
+    return noted
+
+
+def _recorded(module: Any, calls: Counter[TracedCall], products: Products) -> Callable[..., Any]:
     forward = module.forward  # not a hook, so that a call of .forward counts too
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -93,23 +130,32 @@ def _recorded(module: Any, calls: Counter[TracedCall]) -> Callable[..., Any]:
             for t in (x, module.weight, module.bias)
         )
         shapes = tuple(x.shape), tuple(module.weight.shape), tuple(y.shape)
-        calls[TracedCall(module, *shapes, (need_x, need_w, need_b))] += 1
+        call = TracedCall(module, *shapes, (need_x, need_w, need_b))
+        calls[call] += 1
+        products.claim(2 * call.macs)
         return out
 
     return recorded
 
 
-def _run(model: nn.Module, make: Callable[[FakeTensorMode | None], Any], fake: bool) -> None:
+def _run(
+    model: nn.Module,
+    make: Callable[[FakeTensorMode | None], Any],
+    fake: bool,
+    products: Products,
+) -> None:
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if not fake:
         args, kwargs = make(None)
         state = {**params, **{name: b.clone() for name, b in buffers.items()}}
-        torch.func.functional_call(model, state, args, kwargs)
+        with products:
+            torch.func.functional_call(model, state, args, kwargs)
         return
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         args, kwargs = make(mode)
         state = {name: mode.from_tensor(t) for name, t in {**params, **buffers}.items()}
-        torch.func.functional_call(model, state, args, kwargs)
+        with products:
+            torch.func.functional_call(model, state, args, kwargs)
 
 
 def _inputs(

@@ -1,5 +1,5 @@
 """Adapters for trainers that own the loop, one module each, imported only when asked for.
 
-``ssprop_patch.integrations.lightning`` and ``ssprop_patch.integrations.transformers``; Accelerate,
-Fabric and a loop of one's own need none. ``pip install "ssprop_patch[integrations]"``.
+``lightning``, ``transformers``, ``ultralytics``, ``fastai`` and ``ignite`` (MONAI's engines, too).
+Accelerate, DeepSpeed, Fabric and a loop of one's own need none: see ``docs/guide.md``.
 """

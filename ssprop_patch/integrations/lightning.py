@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from ..schedule.schedules import Schedule
-from ._run import DROP_RATE, INSTALL, Run
+from ._adapter import Adapter
+from ._run import DROP_RATE
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -27,11 +26,14 @@ def _callback_classes() -> tuple[type, ...]:
             if error.name not in (name, name.partition(".")[0]):
                 raise  # it is there, but something it needs is not
     if not loaded:
-        raise ImportError(f"ssprop_patch.integrations.lightning needs Lightning: {INSTALL}")
+        raise ImportError(
+            "ssprop_patch.integrations.lightning needs Lightning: "
+            'pip install "ssprop_patch[lightning]"'
+        )
     return tuple(package.Callback for package in loaded)
 
 
-class SsPropCallback(*_callback_classes()):  # type: ignore[misc]  # known when it is imported
+class SsPropCallback(Adapter, *_callback_classes()):  # type: ignore[misc]  # known when imported
     """Makes the backward of a LightningModule's convolutions sparse while it is fitted.
 
     Converts the module when the fit starts, tells a schedule of epochs the trainer's epochs
@@ -40,16 +42,20 @@ class SsPropCallback(*_callback_classes()):  # type: ignore[misc]  # known when 
     schedule of steps counts optimizer steps; several optimizers count once an iteration.
     Validation is dense anyway. ``state_dict`` keys stay as they are.
 
+    With ``meter=True`` it also logs ``ssprop/backward_saved``, ``ssprop/total_saved`` and
+    ``ssprop/flops``, as :meth:`ssprop_patch.Meter.log_to` names them; checkpoints hold the count.
+
     Args:
-        schedule: A schedule, a number or a callable, as for :func:`ssprop_patch.convert`. None
-            for a module that is converted already: this then tells epochs (unless the conversion
-            has its ``steps_per_epoch``), logs, and saves the state.
-        revert_at_end: Whether to take the sparse backward off when the fit ends (an exception
-            does not end it: it may go on).
-        log: Whether to log the drop rate.
-        **convert_arguments: Further arguments of :func:`ssprop_patch.convert`: ``selection``,
-            ``remainder``, ``exclude``, ``overrides``, ... Any of them asks for a conversion. Names
-            are those of the LightningModule: ``"model.conv1"``.
+        schedule: A schedule, a number, a callable, or a schedule's text. None for a module that is
+            converted already: this then tells epochs (unless the conversion has its
+            ``steps_per_epoch``), logs, and saves the state.
+        revert_at_end: Whether to take the sparse backward off when the fit ends (an exception does
+            not end it: it may go on).
+        log: Whether to log the drop rate, and what the meter counts.
+        meter: Whether to count what the training costs: ``report`` is printed at the end, and kept.
+        selection, remainder, exclude, overrides, ...: The arguments of
+            :func:`ssprop_patch.convert`. Any of them that is not the default asks for a conversion.
+            Names are those of the LightningModule: ``"model.conv1"``.
 
     Raises:
         TypeError, ValueError: When made, for an argument that is not valid; when the fit starts,
@@ -61,29 +67,16 @@ class SsPropCallback(*_callback_classes()):  # type: ignore[misc]  # known when 
         >>> trainer.fit(model, loader, ckpt_path="last")
     """
 
-    def __init__(
-        self,
-        schedule: Schedule | float | Callable[[int], float] | None = None,
-        *,
-        revert_at_end: bool = False,
-        log: bool = True,
-        **convert_arguments: Any,
-    ) -> None:
-        super().__init__()
-        self._revert_at_end, self._logs = revert_at_end, log  # self.log is the trainer's to set
-        self._run = Run(schedule, convert_arguments)
-        self._to_load: dict[str, Any] | None = None
-
     # Not in setup(): what configure_model() and the module's own setup() make is not there yet,
     # and a strategy has not wrapped the module.
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Convert; the trainer's own count tells whether this fit goes on with an earlier one."""
         self._run.begin(pl_module, anew=trainer.global_step == 0)
-        self._load()
+        self._run.load_what_was_kept()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Load the state where the strategy restores checkpoints after ``on_fit_start``."""
-        self._load()
+        self._run.load_what_was_kept()
         self._run.check_continues(trainer.global_step)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -98,24 +91,28 @@ class SsPropCallback(*_callback_classes()):  # type: ignore[misc]  # known when 
             rate = self._run.drop_rate
             pl_module.log(DROP_RATE, rate, on_step=True, on_epoch=False)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Log what the meter has counted."""
+        if self._logs and self._run.scalars and not trainer.barebones:
+            counted = {n: v for n, v in self._run.scalars.items() if n != DROP_RATE}
+            pl_module.log_dict(counted, on_step=True, on_epoch=False)
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Revert, if asked to."""
-        if self._revert_at_end:
-            self._run.end(pl_module)
+        """Report, and revert, if asked to."""
+        self._end(pl_module, trainer.is_global_zero)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop counting; other processes may not have come to the same end."""
+        self._run.end_meter()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget what ``test(ckpt_path=...)`` and the like have loaded: it is not for a fit."""
-        self._to_load = None
+        self._run.keep_for_later(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the controller's state, for the trainer's checkpoint."""
-        return self._run.state_dict()
+        """Return the state of the controller and the meter, for the trainer's checkpoint."""
+        return self._run.whole_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for when the fit starts: only then the module is converted."""
-        self._to_load = state_dict
-
-    def _load(self) -> None:
-        state, self._to_load = self._to_load, None
-        if state is not None:
-            self._run.load_state_dict(state)
+        self._run.keep_for_later(state_dict)

@@ -114,7 +114,7 @@ def find_counter(gpus: Sequence[int] | None = None) -> tuple[EnergyCounter | Non
     except Exception as error:
         return None, f"zeus cannot read the counter: {type(error).__name__}: {error}"
     if not scopes:
-        return None, "no energy counter: no supported GPU, and no RAPL that may be read"
+        return None, "no energy counter: no supported GPU, no RAPL that may be read"
     return counter, ""
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +14,16 @@ from ..core.rule import BackwardRule
 from ..patching.conversion import Conversion, apply_conversion
 from ..patching.dry_run import dry_run
 from ..patching.eligibility import DEFAULT_TYPES
-from ..patching.layer_kinds import LAYERS, base_layer
+from ..patching.layer_kinds import LAYERS, base_layer, is_patched_layer
 from ..patching.plan import PlanRow
 from ..patching.reasons import Reason
 from ..schedule.controller import SparsityController
 from ..schedule.layer_policy import LayerPolicy
-from .layer_record import LayerRecord
+from .hooks import Hook
+from .layer_record import LayerRecord, Metering
+from .other_work import OtherWork
 
 _COUNTED = (*DEFAULT_TYPES, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-class Hook:
-    """A hook of a module that is left out when the module is copied or pickled."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> None:
-        self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*args: Any) -> None:
-    """Stand for a hook in a copy."""
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -61,22 +43,27 @@ class Instrumentation:
 
     Args:
         model: The model, or what wraps it.
-        count_channels: As of :class:`LayerRecord`.
+        others, meter, count_channels: As of :class:`LayerRecord`.
 
     Raises:
         TypeError: If ``model`` is not a module.
-        ValueError: If it has no layer to count, one that cannot be counted, or is metered already.
-            Nothing has changed then.
+        ValueError: If it has no layer to count, or one that cannot be counted. Nothing has changed
+            then.
     """
 
-    def __init__(self, model: nn.Module, *, count_channels: bool) -> None:
+    def __init__(
+        self, model: nn.Module, others: OtherWork, meter: Metering, *, count_channels: bool
+    ) -> None:
         self.records: dict[str, LayerRecord] = {}
         self.not_counted: tuple[str, ...] = ()
+        self.converted: set[str] = set()
         self._model, self._inner = model, inner_model(model)
-        self._count_channels = count_channels
+        self._others, self._meter, self._count_channels = others, ref(meter), count_channels
         self._policies: dict[nn.Module, LayerPolicy] = {}
         self._hooks: list[Any] = []
         self._said = False
+        rows = self._rows()
+        _close_meters(row.module for row in rows)
         self._put_on(Conversion.of(model))
 
     @property
@@ -94,17 +81,23 @@ class Instrumentation:
         """The drop rate in force; of the first controller, if there are several."""
         return self._controller.drop_rate
 
-    def _put_on(self, before: Conversion) -> None:
+    def _rows(self) -> list[PlanRow]:
+        """Return the layers to count, and those that convolve in their own way.
+
+        Raises:
+            ValueError: If there is no layer to count, or one that cannot be counted.
+        """
         found = dry_run(self._model, types=_COUNTED)
-        if any(policy.observer is not None for policy in before.layers.values()):
-            raise ValueError("this model is metered already: close() the other meter first")
         refused = [f"  {row.name or '(model)'}: {row.reason}" for row in found.refused]
         if refused:
             raise ValueError("cannot meter this model:\n" + "\n".join(refused))
-        rows = [row for row in found if row.module in before.layers or _is_countable(row)]
-        if not rows:
+        if not any(_is_countable(row) or is_patched_layer(row.module) for row in found):
             raise ValueError(f"no layer to count in this {type(self._model).__name__}")
+        return list(found)
 
+    def _put_on(self, before: Conversion) -> None:
+        found = self._rows()
+        rows = [row for row in found if row.module in before.layers or _is_countable(row)]
         names = self._names(found)
         converted = {row.name: before.layers.get(row.module) for row in rows}
         dense = SparsityController(0.0)  # where nothing is converted
@@ -115,9 +108,7 @@ class Instrumentation:
                 controller = _nearest_controller(row.name, converted) or dense
                 policy = LayerPolicy(controller, BackwardRule(), 0.0)
                 bystanders.append((row.module, controller))
-            record = self.records.get(name) or LayerRecord(
-                name, _is_transposed(row), count_channels=self._count_channels
-            )
+            record = self.records.get(name) or self._new_record(name, row)
             records[name] = record
             policies[row.module] = LayerPolicy.metered(policy, record)
         apply_conversion(before._replace(layers=policies), within=self._model)
@@ -130,27 +121,45 @@ class Instrumentation:
         self._controller = next(
             (policy.controller for policy in converted.values() if policy is not None), dense
         )
+        self.converted = {names[row.module] for row in rows if converted[row.name] is not None}
         self._hook_layers()
+
+    def _new_record(self, name: str, row: PlanRow) -> LayerRecord:
+        meter = self._meter()
+        assert meter is not None  # it is the one that asks
+        return LayerRecord(
+            name,
+            _is_transposed(row),
+            count_channels=self._count_channels,
+            others=self._others,
+            meter=meter,
+        )
 
     def _names(self, found: Any) -> dict[nn.Module, str]:
         """Return the layers' names without the wrappers around the model."""
         inside = {m: name for name, m in self._inner.named_modules()}
         return {row.module: inside.get(row.module, row.name) or "(model)" for row in found}
 
-    def follow(self) -> None:
-        """Count on where the model was converted again; say so, once, where it was reverted."""
+    def follow(self) -> bool:
+        """Count on where the model was converted again; say so, once, where it was reverted.
+
+        Returns:
+            Whether there is anything to count.
+        """
         if all(vars(m).get("_ssprop_policy") is p for m, p in self._policies.items()):
-            return
+            return True
         now = self._without_records()
         if now.layers:
             self._put_on(now)
-        elif not self._said:
+            return True
+        if not self._said:
             self._said = True
             warnings.warn(
                 "this model was reverted while a Meter counts in it: no FLOPs are counted from "
                 "now on. Close the meter first; to meter the dense model, make a new one.",
                 stacklevel=4,
             )
+        return False
 
     def take_off(self) -> None:
         """Leave the model as it was before, or as it was converted since."""
@@ -196,6 +205,20 @@ class Instrumentation:
         if policy is not None and policy.observer is not None:
             x = args[0] if args else next(iter(kwargs.values()))
             policy.observer.dense(x, module.weight, module.bias, y)
+
+
+def _close_meters(layers: Iterable[nn.Module]) -> None:
+    """Close the meters that count any of these layers: a new one takes over."""
+    policies = (vars(layer).get("_ssprop_policy") for layer in layers)
+    observers = [p.observer for p in policies if p is not None and p.observer is not None]
+    meters = {id(m): m for m in (observer.meter() for observer in observers) if m is not None}
+    for meter in meters.values():
+        meter.close()
+        warnings.warn(
+            "ssprop_patch: this model was metered already: that Meter is closed, what it counted "
+            "stays in its report, and the new one counts from here",
+            stacklevel=4,
+        )
 
 
 def _is_countable(row: PlanRow) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from .._validate import check_count
 from ..core.operations import OutputMask
 from ..core.rule import TOP_K, BackwardKind, Extent
 from ..flops.gradient import layer_flops
+from ..flops.totals import Flops
 from ..flops.trace import Shape
+from .other_work import OtherWork
 
 
 class _Call(NamedTuple):
@@ -42,7 +45,7 @@ class LayerTotals:
         backwards: Backward calls.
         sparse: Those of them that dropped a channel.
         channels: Output channels, added up over the backward calls.
-        kept: KeptChannels channels, added up over the backward calls.
+        kept: Kept channels, added up over the backward calls.
         forward_flops, dense_backward_flops, backward_flops: What the forwards cost, what the
             backwards would have cost dense, and what they did cost.
     """
@@ -78,6 +81,11 @@ class LayerTotals:
         return cls(**{n: check_count(state[n], f"{n} of layer {name!r}", 0) for n in names})
 
     @property
+    def flops(self) -> Flops:
+        """FLOPs alone."""
+        return Flops(self.forward_flops, self.dense_backward_flops, self.backward_flops)
+
+    @property
     def drop_rate(self) -> float:
         """Share of the channels dropped, mean over the backward calls."""
         return 1 - self.kept / self.channels if self.channels else 0.0
@@ -85,13 +93,12 @@ class LayerTotals:
     @property
     def backward_saved(self) -> float:
         """Share of the backward FLOPs saved."""
-        return (self.dense_backward_flops - self.backward_flops) / (self.dense_backward_flops or 1)
+        return self.flops.backward_saved
 
     @property
     def total_saved(self) -> float:
         """Share of the forward and backward FLOPs saved."""
-        dense = self.forward_flops + self.dense_backward_flops
-        return (self.dense_backward_flops - self.backward_flops) / (dense or 1)
+        return self.flops.total_saved
 
 
 class Window(NamedTuple):
@@ -108,6 +115,17 @@ class Window(NamedTuple):
     backwards: int
 
 
+class Metering(Protocol):
+    """What a record knows of the :class:`ssprop_patch.Meter` that it belongs to."""
+
+    @property
+    def total_saved(self) -> float | None:
+        """Share of the FLOPs of the whole network saved so far; None if that is not known."""
+
+    def close(self) -> Any:
+        """Stop counting."""
+
+
 class LayerRecord:
     """Takes note of the calls of one layer; asks no device for anything.
 
@@ -117,6 +135,8 @@ class LayerRecord:
         name: Fully qualified name of the layer.
         transposed: Whether it is a transposed convolution.
         count_channels: Also count how often each channel was kept.
+        others: Counts what runs beside the layers, and is to leave this one's calls out.
+        meter: Whose record this is.
     """
 
     # Calls that wait to be added up. A layer has few shapes, or a new one at each step (detection
@@ -124,12 +144,20 @@ class LayerRecord:
     _ENOUGH = 1024
 
     def __init__(
-        self, name: str, transposed: bool = False, *, count_channels: bool = False
+        self,
+        name: str,
+        transposed: bool = False,
+        *,
+        count_channels: bool = False,
+        others: OtherWork,
+        meter: Metering,
     ) -> None:
-        self.name = name
+        self.name, self._others = name, others
+        self.meter = ref(meter)
         self._transposed = transposed
         # Threads of autograd and of DataParallel append to it, which is atomic.
         self._calls: deque[_Call] = deque()
+        self.calls = 0  # forward calls since this was made
         self._adding_up = threading.Lock()
         self._totals = LayerTotals()
         self._latest: _Call | None = None
@@ -177,7 +205,11 @@ class LayerRecord:
     def ran(self, call: _Call) -> None:
         """Take note of a call by its shapes: x, w, y; of a backward also k (None: all) and mask."""
         self._calls.append(call)
-        if call.output_mask is not None:
+        if call.output_mask is None:
+            self.calls += 1
+            if self._others.is_watching:
+                self._others.claim(_cost(call, self._transposed).forward_flops)
+        else:
             self._latest = call
             self._uses += 1
         if len(self._calls) >= self._ENOUGH:
@@ -195,6 +227,11 @@ class LayerRecord:
 
     def computed(self, algorithms: str) -> None:
         """Nothing to count: FLOPs are those that the gradient needs."""
+
+    def saved_so_far(self) -> float | None:
+        """Share of the FLOPs of the whole network saved so far; None if that is not known."""
+        meter = self.meter()
+        return None if meter is None else meter.total_saved
 
     def take_window(self) -> Window:
         """Return how often each channel was kept since the last call."""

@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from .._torch_compat import current_graph_task_id, run_after_backward, tree_leaves
 from .._validate import check_count
+from ..flops.totals import Flops
 from ..schedule.step_counter import StepCounter
 from . import optimizer_steps
 from .channel_history import ChannelHistory
 from .energy import EnergyCounter, EnergyMeter
-from .instrument import Hook, Instrumentation
+from .instrument import Instrumentation
 from .layer_record import LayerTotals
 from .loggers import Logger, Target
 from .meter_report import LayerReport, MeterReport
+from .other_work import OtherWork
+from .passes import Passes
 from .state import check_state
 from .stopwatch import Stopwatch
 
+# Optimizer steps after which something must have been counted.
+_ENOUGH_STEPS = 2
+
 
 class Meter:
-    """Counts what the layers of a model do in training, and what that takes.
+    """Counts what a model does in training, and what that takes.
 
-    FLOPs are of the convolutions, and of other layers that are converted: of each forward and
-    backward call while the model, or that part of it, is in training mode, with the true number of
-    kept channels. A forward that activation checkpointing repeats is a cost and counts. Nothing
-    waits for the device: seconds come from CUDA events, or from the host's clock for a model on
-    the CPU; other devices have no seconds.
+    FLOPs are of all convolutions, matrix products and attention, while the model, or that part of
+    it, is in training mode. Of convolutions, and of other layers that are converted, each forward
+    and backward call counts, with the true number of kept channels; what else the network runs is
+    watched in the first call with inputs of new shapes (a few milliseconds), and later calls count
+    as much. A forward that activation checkpointing repeats is a cost and counts. Nothing waits
+    for the device: seconds come from CUDA events, or from the host's clock for a model on the CPU;
+    other devices have no seconds.
 
     Make it after ``convert`` (an unconverted model is metered as the dense one it is) and after
     moving the model to its device; under torch.compile or DDP from the wrapped model, so that it
-    sees forward and backward begin. Converting the model again is followed; :meth:`close` before
-    ``revert`` and before TorchScript. A copy or a pickle of the model is not metered.
+    sees forward and backward begin. Of a LightningModule, and of other models whose parts are
+    called by a trainer, it finds the parts that run. Converting the model again is followed;
+    :meth:`close` before ``revert`` and before TorchScript. A copy or a pickle of the model is not
+    metered. A second meter on a model takes over from the first, and closes it.
 
     In compiled code only the backward of a layer can be seen to run: it stands for one forward,
-    and layers without a gradient are not counted there.
+    and layers without a gradient are not counted there. What else runs there is not seen, so that
+    the whole network's FLOPs are not known.
 
     Args:
         model: The model, or what wraps it.
@@ -53,11 +64,12 @@ class Meter:
         steps: Optimizer steps so far; one an iteration, where several optimizers step.
         channels: The :class:`ssprop_patch.metering.ChannelHistory`, or None. It is not part of the
             state: a resumed run begins a new one.
+        resumed: Whether it counts on from a state.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the model has no layer to count, one that cannot be counted, or is metered
-            already. Nothing has changed then.
+        ValueError: If the model has no layer to count, or one that cannot be counted. Nothing has
+            changed then.
 
     Example::
 
@@ -80,9 +92,12 @@ class Meter:
             check_count(channels_every, "channels_every", 1)
         devices = {p.device for p in model.parameters()}
         joules = EnergyMeter(energy, devices)
-        self._layers = Instrumentation(model, count_channels=channels_every is not None)
+        self._others = OtherWork()
+        self._layers = Instrumentation(
+            model, self._others, self, count_channels=channels_every is not None
+        )
         self._model, self._records = model, self._layers.records
-        self.steps = 0
+        self.steps, self.resumed = 0, False
         self.channels = (
             None if channels_every is None else ChannelHistory(self._records, channels_every)
         )
@@ -90,8 +105,6 @@ class Meter:
         self._loggers: list[Logger] = []
         self._rate: float | None = None  # in force in this step, once it is known
         self._last_rate: float | None = None  # in the step before
-        self._backward: int | None = None  # number of the backward pass that is being timed
-        self._paused = False  # an optimizer that runs forward and backward itself
         self._stopwatch = Stopwatch.on(min(devices, key=str, default=torch.device("cpu")))
         self._wall = 0.0
         self._wall_start: float | None = time.perf_counter()  # None once closed
@@ -101,106 +114,101 @@ class Meter:
         for module in self._layers.layers:
             self._watch.add(module, is_layer=True)
         self._watch.add(model, is_layer=False)
-        self._hooks = [
-            model.register_forward_pre_hook(Hook(self._forward_begins)),
-            model.register_forward_hook(Hook(self._forward_ends)),
-        ]
+        self._calls_before = 0  # of layers, when this iteration began
+        self._passes = Passes(model, self._stopwatch, self._others, self._forward_begins)
         optimizer_steps.tell(self)
 
     # --- what happens while the model trains ------------------------------------------------------
 
-    def _forward_begins(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self._stopwatch.forget("forward")  # of one that an exception left
-        if not self._layers.is_training:
-            return
-        self._layers.follow()
+    def _forward_begins(self) -> bool:
+        if not (self._layers.is_training and self._layers.follow()):
+            return False
         self._rate = self._layers.drop_rate
-        if _backward_pass() is None:  # else checkpointing repeats it, in the backward's time
-            self._pause_optimizer()
-            self._stopwatch.start("forward")
-
-    def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._layers.is_training:
-            return
-        self._stopwatch.stop("forward")
-        for t in tree_leaves(output):
-            if isinstance(t, Tensor) and t.grad_fn is not None:
-                t.register_hook(self._backward_begins)
-
-    def _backward_begins(self, grad: Tensor) -> None:
-        number = _backward_pass()
-        if torch.compiler.is_compiling() or number in (None, self._backward):
-            return
-        self._backward = number
-        if not run_after_backward(self._backward_ends):
-            return
-        self._pause_optimizer()
-        self._stopwatch.start("backward")
-
-    def _backward_ends(self) -> None:
-        self._stopwatch.stop("backward")
-        if self._paused:
-            self._paused = False
-            self._stopwatch.start("optimizer")
+        return True
 
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         """Take note that a step of an optimizer begins, the model's own or another's."""
         if self._watch.owns(optimizer):
-            self._paused = False
-            if not self._stopwatch.is_running("optimizer"):  # its step may call that of its base
-                self._stopwatch.start("optimizer")
-            if self._rate is None:  # no forward of the whole model was seen
+            self._passes.optimizer_begins()
+            if self._rate is None:  # no forward was seen
                 self._rate = self._layers.drop_rate
-
-    def _pause_optimizer(self) -> None:
-        # One that calls a closure, such as LBFGS.
-        if self._stopwatch.is_running("optimizer"):
-            self._stopwatch.stop("optimizer")
-            self._paused = True
 
     def optimizer_ends(self) -> None:
         """Take note that the step of an optimizer is over."""
-        self._stopwatch.stop("optimizer")  # of another model's: nothing runs
+        self._passes.optimizer_ends()
 
     def _on_iteration(self) -> None:
-        self._stopwatch.stop("optimizer")  # without what follows
+        self._passes.optimizer_ends()  # without what follows
         self.steps += 1
+        self._look_back()
         self._last_rate, self._rate = self._rate, None
         if self.channels is not None:
             self.channels.step()
         for callback in self._on_step:
             callback(self)
 
+    def _look_back(self) -> None:
+        """See whether the iteration that ends was seen to run."""
+        self._layers.follow()
+        calls = sum(record.calls for record in self._records.values())
+        ran, self._calls_before = calls > self._calls_before, calls
+        if not self._passes.next_iteration() and ran:
+            self._others.lose(
+                "its layers ran, but no call of the model or a part of it was seen, as in code "
+                "that torch.compile has compiled"
+            )
+        if self.steps == _ENOUGH_STEPS and not calls and not self.totals.forwards:
+            warnings.warn(
+                f"ssprop_patch: {self.steps} optimizer steps were made over parameters of this "
+                "model, but none of its layers ran in training mode, so that no FLOPs are counted: "
+                "it is in eval() mode, or other code than its layers reads its weights",
+                stacklevel=2,
+            )
+
     def on_step(self, callback: Callable[[Meter], None]) -> None:
         """Have ``callback(meter)`` called after each optimizer step."""
         self._on_step.append(callback)
 
-    def log_to(self, target: Target, *, every: int = 1, layers: bool = True) -> None:
+    def log_to(
+        self,
+        target: Target,
+        *,
+        every: int = 1,
+        layers: bool = True,
+        append: bool | None = None,
+    ) -> None:
         """Write scalars after every ``every``-th optimizer step.
 
         ============================  ============================================================
         ``ssprop/drop_rate``          in force in this step: the schedule's, without overrides
-        ``ssprop/backward_saved``     share of the backward FLOPs saved so far, 0 to 1
-        ``ssprop/total_saved``        share of the forward and backward FLOPs saved so far, 0 to 1
-        ``ssprop/flops``              forward and backward FLOPs so far
+        ``ssprop/backward_saved``     share of the network's backward FLOPs saved so far, 0 to 1
+        ``ssprop/total_saved``        share of its forward and backward FLOPs saved so far, 0 to 1
+        ``ssprop/flops``              its forward and backward FLOPs so far
+        ``ssprop/layers_saved``       share of the converted layers' backward FLOPs saved so far
         ``ssprop/kept/<layer>``       output channels that the layer kept in its latest backward
         ============================  ============================================================
+
+        The three of the whole network are left out where they are not known: in compiled code.
 
         Args:
             target: A TensorBoard ``SummaryWriter``, or anything that has ``add_scalar(name, value,
                 step)``; the path of a CSV file; or a function of ``(scalars, step)``, such as
-                ``lambda scalars, step: wandb.log(scalars, step=step)``. A CSV file that is there
-                already is added to. Of several ranks let one log, or each to its own file.
+                ``lambda scalars, step: wandb.log(scalars, step=step)``. Of several ranks let one
+                log, or each to its own file.
             every: Optimizer steps.
             layers: Whether to write ``ssprop/kept/<layer>``, too.
+            append: Whether to add to the log that a CSV file holds, if it has the same columns;
+                False: the first row takes the place of that log. Default: as the run is resumed
+                (by :meth:`load_state_dict`) or new.
 
         Raises:
-            TypeError, ValueError: If an argument is not as described, or a CSV file holds other
-                columns. What ``target`` raises later comes out of ``optimizer.step()``.
+            TypeError, ValueError: If an argument is not as described, or a file that is there is
+                no log of a meter, or one of other columns that is to be added to. What ``target``
+                raises later comes out of ``optimizer.step()``.
         """
-        logger = Logger(target, check_count(every, "every", 1), list(self._records) * bool(layers))
+        names = list(self._records) * bool(layers)
+        append = True if append is None and self.resumed else append
+        logger = Logger(target, check_count(every, "every", 1), names, append)
         self._loggers.append(logger)
         self.on_step(logger)
 
@@ -216,12 +224,17 @@ class Meter:
         """
         seconds = self._stopwatch.seconds()  # first, so that the device is through
         report = MeterReport(
-            tuple(LayerReport(name, record.totals()) for name, record in self._records.items()),
+            tuple(
+                LayerReport(name, record.totals(), name in self._layers.converted)
+                for name, record in self._records.items()
+            ),
             self.steps,
             seconds,
             self._wall_seconds(),
             self._joules.so_far(),
             self._layers.not_counted,
+            others=self._others.flops,
+            unknown=self._others.unknown,
         )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not (all_ranks and distributed):
@@ -237,8 +250,28 @@ class Meter:
 
     @property
     def totals(self) -> LayerTotals:
-        """What all layers did, added up: the FLOPs so far. Does not wait for the device."""
+        """What all layers did, added up. Does not wait for the device."""
         return sum((record.totals() for record in self._records.values()), LayerTotals())
+
+    @property
+    def converted_totals(self) -> LayerTotals:
+        """What the converted layers did, added up."""
+        records = (self._records[name] for name in self._layers.converted)
+        return sum((record.totals() for record in records), LayerTotals())
+
+    @property
+    def network(self) -> Flops | None:
+        """The FLOPs of the whole network so far; None if they are not known.
+
+        Does not wait for the device.
+        """
+        others = self._others.flops
+        return None if others is None else self.totals.flops + others
+
+    @property
+    def total_saved(self) -> float | None:
+        """Share of the whole network's FLOPs saved so far; None if that is not known."""
+        return None if self.network is None else self.network.total_saved
 
     @property
     def drop_rate(self) -> float:
@@ -265,6 +298,8 @@ class Meter:
             "joules": dict(report.energy.joules),
             "no_joules_because": report.energy.reason,
             "layers": {name: record.state_dict() for name, record in self._records.items()},
+            "others": {"forward": self._others.forward, "backward": self._others.backward},
+            "not_known_because": self._others.unknown,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -277,7 +312,8 @@ class Meter:
         state = check_state(state, self._records)
         for name, layer in state["layers"].items():
             self._records[name].load_state_dict(layer)
-        self.steps = state["steps"]
+        self._others.load(**state["others"], unknown=state["not_known_because"])
+        self.steps, self.resumed = state["steps"], True
         self._joules.load(state["joules"], state["no_joules_because"])
         self._stopwatch.load(state["seconds"])
         self._wall = state["wall_seconds"]
@@ -286,8 +322,7 @@ class Meter:
     def close(self) -> MeterReport:
         """Stop counting and leave the model as it was before; return the last report."""
         report = self.report()
-        for hook in self._hooks:
-            hook.remove()
+        self._passes.close()
         optimizer_steps.tell_no_more(self)
         for module in (*self._layers.layers, self._model):
             self._watch.discard(module)
@@ -303,9 +338,3 @@ class Meter:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _backward_pass() -> int | None:
-    """Return the number of the backward pass that this thread is in, or None."""
-    number = current_graph_task_id()
-    return None if number == -1 else number

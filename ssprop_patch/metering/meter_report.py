@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..flops.summary import human_flops
+from .._text import columns, html
+from ..flops.totals import COUNTED, NOTHING, Flops, human_flops, saved_lines
 from .energy import Energy
 from .layer_record import LayerTotals
 
@@ -16,10 +17,17 @@ PHASES = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer and what it did."""
+    """One layer and what it did.
+
+    Attributes:
+        name: Fully qualified name.
+        totals: What it did.
+        converted: Whether it has a sparse backward.
+    """
 
     name: str
     totals: LayerTotals
+    converted: bool = True
 
     @property
     def saved(self) -> float:
@@ -41,8 +49,12 @@ class MeterReport:
         energy: Joules by scope, or why there are none; of the model's GPUs, and of the host's
             processors and memory, whoever uses them. ``energy.co2_grams(grams_per_kwh)`` is what
             they emit.
-        not_counted: Layers that convolve in their own way, whose cost is not known.
+        not_counted: Layers that convolve in their own way: they have no row, and what they run is
+            among the others.
         ranks: Processes that this is the sum of.
+        others: What the network ran beside the layers: all other convolutions, matrix products and
+            attention, which are dense. None where that is not known.
+        unknown: Why it is not.
     """
 
     layers: tuple[LayerReport, ...]
@@ -53,6 +65,8 @@ class MeterReport:
     not_counted: tuple[str, ...] = ()
     ranks: int = 1
     host: str = field(default_factory=lambda: _host())
+    others: Flops | None = NOTHING
+    unknown: str = ""
 
     @property
     def totals(self) -> LayerTotals:
@@ -60,29 +74,43 @@ class MeterReport:
         return sum((layer.totals for layer in self.layers), LayerTotals())
 
     @property
+    def converted(self) -> Flops:
+        """FLOPs of the converted layers."""
+        return sum((row.totals.flops for row in self.layers if row.converted), NOTHING)
+
+    @property
+    def network(self) -> Flops | None:
+        """FLOPs of the whole network; None where they are not known."""
+        return None if self.others is None else self.totals.flops + self.others
+
+    @property
     def forward_flops(self) -> int:
-        """FLOPs of all forward passes."""
-        return self.totals.forward_flops
+        """FLOPs of all forward passes; of the layers alone, where no more is known."""
+        return self._known.forward
 
     @property
     def dense_backward_flops(self) -> int:
-        """FLOPs that the backward passes would have had dense."""
-        return self.totals.dense_backward_flops
+        """FLOPs that the backward passes would have had dense; as far as they are known."""
+        return self._known.dense_backward
 
     @property
     def backward_flops(self) -> int:
-        """FLOPs of all backward passes as they ran."""
-        return self.totals.backward_flops
+        """FLOPs of all backward passes as they ran; as far as they are known."""
+        return self._known.backward
 
     @property
-    def backward_saved(self) -> float:
-        """Share of the backward FLOPs saved."""
-        return self.totals.backward_saved
+    def _known(self) -> Flops:
+        return self.totals.flops if self.network is None else self.network
 
     @property
-    def total_saved(self) -> float:
-        """Share of the forward and backward FLOPs saved."""
-        return self.totals.total_saved
+    def backward_saved(self) -> float | None:
+        """Share of the whole network's backward FLOPs saved; None where that is not known."""
+        return None if self.network is None else self.network.backward_saved
+
+    @property
+    def total_saved(self) -> float | None:
+        """Share of its forward and backward FLOPs saved; None where that is not known."""
+        return None if self.network is None else self.network.total_saved
 
     @classmethod
     def summed(cls, reports: Sequence[MeterReport]) -> MeterReport:
@@ -97,9 +125,13 @@ class MeterReport:
         if any(other != names[0] for other in names):
             raise ValueError("the reports are of different models: their layers differ")
         layers = tuple(
-            LayerReport(rows[0].name, sum((row.totals for row in rows), LayerTotals()))
+            LayerReport(
+                rows[0].name, sum((row.totals for row in rows), LayerTotals()), rows[0].converted
+            )
             for rows in zip(*(report.layers for report in reports), strict=True)
         )
+        others = [report.others for report in reports if report.others is not None]
+        all_known = len(others) == len(reports)
         phases = {phase for report in reports for phase in report.seconds}
         return cls(
             layers,
@@ -109,6 +141,8 @@ class MeterReport:
             _summed_energy(reports),
             reports[0].not_counted,
             sum(report.ranks for report in reports),
+            others=sum(others, NOTHING) if all_known else None,
+            unknown=next((report.unknown for report in reports if report.unknown), ""),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +159,9 @@ class MeterReport:
             "steps": self.steps,
             "ranks": self.ranks,
             **{name: getattr(self, name) for name in totals},
+            "converted": asdict(self.converted),
+            "others": self.others and asdict(self.others),
+            "not_known_because": self.unknown or None,
             "seconds": dict(self.seconds),
             "wall_seconds": self.wall_seconds,
             "energy": {
@@ -142,6 +179,9 @@ class MeterReport:
 
     def table(self) -> str:
         """Return a row for each layer: calls, kept channels, FLOPs."""
+        return "\n".join(columns(self._cells(), right=range(1, 9), optional=(4, 1), wrapped=0))
+
+    def _cells(self) -> list[tuple[str, ...]]:
         cells: list[tuple[str, ...]] = [
             (
                 "layer",
@@ -169,25 +209,19 @@ class MeterReport:
                     f"{100 * row.saved:.1f} %",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        align = [str.ljust, *[str.rjust] * 8]
-        return "\n".join(
-            "  ".join(a(c, w) for a, c, w in zip(align, row, widths, strict=True)).rstrip()
-            for row in cells
-        )
+        return cells
 
     def __str__(self) -> str:
+        return "\n".join(columns(self._lines()))
+
+    def _lines(self) -> list[tuple[str, str]]:
         ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        layers = sum(row.converted for row in self.layers)
         lines = [
             ("optimizer steps", f"{self.steps}{ranks}"),
             ("forward", human_flops(self.forward_flops)),
             ("backward, dense", human_flops(self.dense_backward_flops)),
             ("backward, as it ran", human_flops(self.backward_flops)),
-            (
-                "saved",
-                f"{100 * self.backward_saved:.1f} % of the backward FLOPs, "
-                f"{100 * self.total_saved:.1f} % of forward + backward",
-            ),
         ]
         for phase in PHASES:
             seconds = self.seconds.get(phase)
@@ -200,11 +234,29 @@ class MeterReport:
         lines.append(("energy", str(self.energy)))
         if self.not_counted:
             names = ", ".join(self.not_counted[:3]) + ", ..." * (len(self.not_counted) > 3)
-            lines.append(("not counted", f"{len(self.not_counted)} layers: {names}"))
-        width = max(len(label) for label, _ in lines)
-        return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)
+            lines.append(
+                (
+                    "no row",
+                    f"{len(self.not_counted)} layers that convolve in their own way: {names}",
+                )
+            )
+        lines.append(("counted", COUNTED if self.network else "the layers that a row is for"))
+        if self.steps and self._known == NOTHING:
+            lines.append(("saved", "nothing was counted: no layer ran in training mode"))
+        else:
+            first, second = saved_lines(self.network, self.unknown, self.converted, layers)
+            lines += [("saved", first), ("", second)]
+        return lines
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        share = (self.network or self.converted).backward_saved
+        return (
+            f"{type(self).__name__}({len(self.layers)} layers, {self.steps} optimizer steps: "
+            f"{100 * share:.1f} % of the backward FLOPs saved)"
+        )
+
+    def _repr_html_(self) -> str:
+        return html(self._lines(), self._cells(), f"{len(self.layers)} layers")
 
 
 def _summed_energy(reports: Sequence[MeterReport]) -> Energy:

@@ -10,7 +10,17 @@ from typing import Any
 from .._validate import check_count
 from .layer_record import LayerTotals
 
-_PARTS = {"version", "steps", "seconds", "wall_seconds", "joules", "no_joules_because", "layers"}
+_PARTS = {
+    "version",
+    "steps",
+    "seconds",
+    "wall_seconds",
+    "joules",
+    "no_joules_because",
+    "layers",
+    "others",
+    "not_known_because",
+}
 
 
 def check_state(state: Any, layers: Iterable[str]) -> dict[str, Any]:
@@ -26,7 +36,7 @@ def check_state(state: Any, layers: Iterable[str]) -> dict[str, Any]:
         raise ValueError(f"not the state of a Meter: {', '.join(missing)} missing")
     if state["version"] != 1:
         raise ValueError(f"state of version {state['version']!r}; this package reads version 1")
-    for part in ("seconds", "joules", "layers"):
+    for part in ("seconds", "joules", "layers", "others"):
         if not isinstance(state[part], Mapping):
             raise TypeError(f"{part} of a state must be a dict, got {state[part]!r}")
     other = sorted(set(state["layers"]) ^ set(layers))
@@ -36,11 +46,15 @@ def check_state(state: Any, layers: Iterable[str]) -> dict[str, Any]:
         )
     for name, totals in state["layers"].items():
         LayerTotals.checked(totals, name)
+    if set(state["others"]) != {"forward", "backward"}:
+        raise ValueError("others of a state must have forward, backward")
     return {
         **state,
         "steps": check_count(state["steps"], "steps", 0),
         "wall_seconds": _amount(state["wall_seconds"], "wall_seconds"),
         "no_joules_because": str(state["no_joules_because"]),
+        "others": {n: check_count(f, f"others' {n}", 0) for n, f in state["others"].items()},
+        "not_known_because": str(state["not_known_because"]),
         **{
             part: {str(name): _amount(n, f"{part} of {name}") for name, n in state[part].items()}
             for part in ("seconds", "joules")

@@ -5,7 +5,7 @@ In eager mode the backward is plain Python; under torch.compile it is a custom o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,29 @@ from .._torch_compat import backward_class, will_engine_execute_node
 from ..core.geometry import ConvParams, Geometry, conv_params, ntuple, resolve_padding
 from ..core.operations import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS, Operation
 from ..core.rule import BackwardRule
-from ..core.selection import ScoreFn
 from ..schedule.call_observer import CallObserver
 from . import custom_ops
 from .backward import linear_backward, sparse_backward
 from .lazy_grad import graph as lazy_grad
+from .lazy_grad.graph import Needed
+from .traced_gradient import along_directions, kind_with_directions
 from .transforms import NO_TRANSFORMS, cast, in_transform, is_autocasting, is_batched
+
+
+class Compiled(NamedTuple):
+    """What the backward of compiled code goes by.
+
+    Attributes:
+        rate, token: Of the layer, see :mod:`.custom_ops`.
+        directions: With a number, dy goes back along so many directions in operations that the
+            compiler sees, where the layer has directions of dy.
+        block: With them, as of :class:`ssprop_patch.core.rule.BackwardRule`.
+    """
+
+    rate: Tensor
+    token: Tensor
+    directions: int | None = None
+    block: int = 0
 
 
 def needs_backward(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -39,7 +56,7 @@ def sparse(
     k: int = 0,
     rule: BackwardRule | None = None,
     observer: CallObserver | None = None,
-    compiled: tuple[Tensor, Tensor] | None = None,
+    compiled: Compiled | None = None,
 ) -> Tensor:
     """Run ``operation``; in the backward keep ``k`` channels, or what ``compiled`` says.
 
@@ -47,8 +64,7 @@ def sparse(
         k: Channels to keep of each choice.
         rule: What of the gradient goes back.
         observer: Gets a report of this call.
-        compiled: Instead of these three: rate and token, see :mod:`.custom_ops`. For
-            torch.compile, which would make one graph per ``k``.
+        compiled: Instead of these three. For torch.compile, which would make one graph per ``k``.
 
     Raises:
         TypeError: If the tensors are complex.
@@ -70,7 +86,7 @@ def sparse(
     if operation.dims == 0:
         if compiled is None:
             return _SparseLinear.apply(input, weight, bias, k, rule, observer)
-        return _OpaqueSparseLinear.apply(input, weight, bias, *compiled)
+        return _OpaqueSparseLinear.apply(input, weight, bias, *compiled[:2])
     return _convolve(operation, input, weight, bias, geometry, k, rule, observer, compiled)
 
 
@@ -83,7 +99,7 @@ def _convolve(
     k: int,
     rule: BackwardRule | None,
     observer: CallObserver | None,
-    compiled: tuple[Tensor, Tensor] | None,
+    compiled: Compiled | None,
 ) -> Tensor:
     dims = operation.dims
     unbatched = input.dim() == dims + 1
@@ -145,7 +161,7 @@ class _SparseConv(torch.autograd.Function):
         params, k, rule, observer = ctx.config
         output_mask = _output_mask(ctx)
         if not torch.compiler.is_compiling():
-            lazy_grad.prepare_before(ctx, x, score_fn_of)
+            lazy_grad.prepare_before(ctx, x, needed_by)
         grads = _outside_of_autocast(
             sparse_backward, dy, x, w, params, k, rule, output_mask, observer
         )
@@ -156,15 +172,18 @@ class _SparseConv(torch.autograd.Function):
 SparseConvNode = backward_class(_SparseConv)
 
 
-def score_fn_of(node: Any) -> ScoreFn | None:
-    """Return what scores the channels of a :data:`SparseConvNode`; None if it needs all of dy."""
-    rule: BackwardRule = node.config[2]
-    return rule.score_fn if rule.is_top_k else None
+def needed_by(node: Any) -> Needed | None:
+    """Return what a :data:`SparseConvNode` reads of its gradient; None if it needs all of it."""
+    params, _, rule, _ = node.config
+    # Of a transposed convolution the cells are not those of its blocks.
+    if rule.subspace is not None or (rule.block and params.transposed):
+        return None
+    return Needed(rule.score_fn, rule.block)
 
 
 def make_lazy(out: Tensor) -> None:
     """Make the gradients lazy that come before ``out``, as a sparse convolution of it would."""
-    lazy_grad.prepare(out.grad_fn, SparseConvNode, score_fn_of)
+    lazy_grad.prepare(out.grad_fn, SparseConvNode, needed_by)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -250,9 +269,12 @@ class _OpaqueSparseConv(torch.autograd.Function):
         output_padding: tuple[int, ...],
         rate: Tensor,
         token: Tensor,
+        directions: int | None,
+        block: int,
     ) -> Tensor:
         ctx.save_for_backward(x, w, rate, token)
         ctx.geometry = stride, padding, dilation, groups, transposed, output_padding
+        ctx.directions, ctx.block = directions, block
         params = ConvParams(stride, padding, dilation, groups, transposed, output_padding)
         return _convolution(x, w, b, params)
 
@@ -261,11 +283,22 @@ class _OpaqueSparseConv(torch.autograd.Function):
         x, w, rate, token = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         output_mask = [need_x, need_w, need_b]
-        dx, dw, db = custom_ops.conv_backward(dy, x, w, *ctx.geometry, rate, token, output_mask)
+        kind = None
+        if ctx.directions is not None:
+            kind = kind_with_directions(dy, x, w, ctx.geometry, ctx.directions, ctx.block)
+        if kind is None:
+            grads = custom_ops.conv_backward(dy, x, w, *ctx.geometry, rate, token, output_mask)
+            dx, dw, db = grads
+        else:
+            p = ConvParams(*ctx.geometry)
+            u = custom_ops.directions(dy, token, p.groups, ctx.directions)
+            dx, dw, db = along_directions(dy, x, w, p, u, kind, (need_x, need_w, need_b))
         return (
             dx if need_x else None,
             dw if need_w else None,
             db if need_b else None,
+            None,
+            None,
             None,
             None,
             None,

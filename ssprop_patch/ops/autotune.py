@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .._device import device_name, waiter
 from .._files import write_atomically
-from .._text import columns
+from .._text import columns, sizes
 from ..core.geometry import ConvParams
 from . import native
 from .algorithms import CHOOSING, DW, DX, Algorithms, candidates, is_legal
@@ -238,8 +238,8 @@ def table() -> str:
     """Return the choices as a table, with milliseconds of what was chosen and of ``gather``."""
     rows = [
         (
-            "x".join(map(str, c.input_shape)),
-            "x".join(map(str, c.weight_shape)),
+            sizes(c.input_shape),
+            sizes(c.weight_shape),
             str(c.geometry[3]),
             "channels_last" if c.channels_last else "contiguous",
             c.dtype.removeprefix("torch."),
@@ -263,7 +263,7 @@ def table() -> str:
         "dX ms (gather)",
         "dW ms (gather)",
     )
-    return "\n".join(columns([head, *rows]))
+    return "\n".join(columns([head, *rows], optional=(4, 2), wrapped=2))
 
 
 def save(path: str | PathLike[str]) -> None:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from ..core import selection
+from ..core.coarse import Cells
 from . import native
+from .native.cells import can_describe
 
 aten = torch.ops.aten
 
@@ -161,12 +163,14 @@ class NormSums(NamedTuple):
         dz2: Of dz squared; None where that takes a pass of its own.
         dy: Of ``|dy| ** order``, with dy the gradient of the norm's input; None where it follows
             from the others.
+        cells: Of dy over the cells of its maps, (N, C, *number); None where nobody asked for them.
     """
 
     dz: Tensor
     dz_xhat: Tensor
     dz2: Tensor | None = None
     dy: Tensor | None = None
+    cells: Tensor | None = None
 
 
 def may_split_norm(device_type: str, order: int) -> bool:
@@ -198,6 +202,11 @@ def can_split_relu(t: Tensor) -> bool:
     return _kernels(t) is not None
 
 
+def can_sum_cells(t: Tensor, cells: Cells) -> bool:
+    """Whether :func:`norm_sums` can return the sums over cells of tensors such as ``t``."""
+    return not any(cells.start) and is_done_by_c(t) and can_describe(t, cells)
+
+
 def norm_sums(
     dz: Tensor,
     x: Tensor,
@@ -206,6 +215,7 @@ def norm_sums(
     invstd: Tensor,
     order: int,
     relu_out: Tensor | None = None,
+    cells: Cells | None = None,
 ) -> NormSums:
     """Return what batch norm's backward in training mode needs to know of the whole batch.
 
@@ -217,8 +227,13 @@ def norm_sums(
         mean, invstd: Of the batch, (C,).
         order: Of the sum of dy.
         relu_out: Output of the ReLU, see :func:`can_split_relu`.
+        cells: Cells of dy's maps whose sums are needed, too; see :func:`can_sum_cells`.
     """
     kernels = _kernels(x)
+    if cells is not None:
+        args = dz, x, weight, mean, invstd, order, relu_out, cells
+        (dz, dz_xhat, dy), of_cells = native.norm_sums_and_cells(*args)
+        return NormSums(dz, dz_xhat, dy=dy, cells=of_cells)
     if kernels is native:
         dz, dz_xhat, dy = native.norm_sums(dz, x, weight, mean, invstd, order, relu_out)
         return NormSums(dz, dz_xhat, dy=dy)

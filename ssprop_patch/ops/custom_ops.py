@@ -18,6 +18,7 @@ from ..core.selection import selectable_channels
 from ..schedule.call_observer import CallObserver
 from ..schedule.settings import settings_of
 from . import backward
+from .projection import output_basis
 
 
 def _new_library() -> torch.library.Library:
@@ -122,6 +123,17 @@ def _linear_backward_fake(
     return _shapes(x.new_empty(x.shape) if output_mask[0] else x, w, w.shape[0], output_mask)
 
 
+def _directions(dy: Tensor, token: Tensor, groups: int, k: int) -> Tensor:
+    basis, _ = output_basis(dy, groups, k, settings_of(token).rule)
+    # A copy, as the compiler may write into what it is given.
+    return basis.clone(memory_format=torch.contiguous_format)
+
+
+def _directions_fake(dy: Tensor, token: Tensor, groups: int, k: int) -> Tensor:
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    return dy.new_empty(groups, dy.shape[1] // groups, k, dtype=dtype)
+
+
 def _observe_forward(observer: CallObserver | None, x: Tensor, w: Tensor, dy: Tensor) -> None:
     # Of a compiled layer only the backward is seen to run: it had one forward.
     if observer is not None:
@@ -157,6 +169,11 @@ conv_backward = _define(
     "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     _conv_backward,
     _conv_backward_fake,
+)
+directions = _define(
+    "directions(Tensor dy, Tensor token, int groups, int k) -> Tensor",
+    _directions,
+    _directions_fake,
 )
 linear_backward = _define(
     "linear_backward(Tensor dy, Tensor x, Tensor w, Tensor rate, Tensor token, bool[] output_mask) "

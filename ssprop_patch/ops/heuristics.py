@@ -27,6 +27,8 @@ _AVX2_BLOCK = 8
 # with a stride torch's kernel for contiguous tensors copies dX twice. dW pays with more in images
 # that are not small, where gaps count less, and in three dimensions, where torch is slow.
 _MOST_TERMS, _MOST_STRIDED_TERMS, _MOST_DW_TERMS, _MOST_3D_TERMS = 300, 480, 700, 2000
+# With AVX-512 torch's kernels, whose blocks have 16 channels, are slow where these are not full.
+_MOST_TERMS_AVX512 = 150
 _NOT_SMALL = 144
 # Inputs, and products of an input and a weight, of a 1x1 convolution that C functions take.
 _FEW_INPUTS, _FEW_PRODUCTS, _FEW_PRODUCTS_WIDE, _FEW_PRODUCTS_LAST = 2**18, 1.5e6, 2.5e5, 4e6
@@ -49,9 +51,9 @@ class _Layer(NamedTuple):
 def by_rule(kept: KeptChannels) -> Algorithms:
     """Return the algorithms that are usually the fastest.
 
-    From timings of layers at drop rate 0.8 on two cores of two AMD EPYCs, with AVX-512 (Zen 5) and
-    without (Zen 3), torch 2.14. The former's smaller convolutions are nearly as fast as their FLOPs
-    say, above all in channels_last. Other devices keep to their convolution kernels.
+    From timings of layers at drop rate 0.8 on two cores of three AMD EPYCs, with AVX-512 (Zen 4 and
+    5) and without (Zen 3), torch 2.14. The smaller convolutions of AVX-512 are nearly as fast as
+    their FLOPs say, above all in channels_last. Other devices keep to their convolution kernels.
     """
     x, w, p = kept.whole_x, kept.whole_w, kept.p
     if not x.is_cpu or p.transposed:
@@ -132,7 +134,7 @@ def _pointwise(layer: _Layer) -> Algorithms:
         return _GATHER
     if max(layer.p.stride) > 1:
         return _MATMUL
-    many, small = (900, 3e7) if layer.avx512 else (100, 1e7)
+    many, small = (256, 3e7) if layer.avx512 else (100, 1e7)
     return _MATMUL if positions >= many or size <= small else _GATHER
 
 
@@ -140,15 +142,18 @@ def _ordinary(layer: _Layer) -> Algorithms:
     """As :func:`by_rule`, of an ordinary convolution on a CPU: is it faster by C functions?
 
     Yes where few enough channels are kept. In channels_last only dW, and not of a few input
-    channels or with a stride, where the way into their layout takes too long. Timed with AVX2 only.
+    channels or with a stride, where the way into their layout takes too long.
     """
-    if layer.avx512 or not layer.direct:
-        return _GATHER
     x, w = layer.x, layer.w
+    if not layer.direct or (layer.avx512 and len(x) == 5):  # the latter was not timed
+        return _GATHER
     strided, terms = max(layer.p.stride) > 1, layer.k * math.prod(w[2:])
-    few = terms <= (_MOST_STRIDED_TERMS if strided else _MOST_TERMS)
+    most = _MOST_TERMS_AVX512 if layer.avx512 else _MOST_TERMS
+    few = terms <= (_MOST_STRIDED_TERMS if strided else most)
     dx = few and not layer.last
-    dw = few or (not strided and terms <= _MOST_DW_TERMS and math.prod(x[2:]) >= _NOT_SMALL)
+    dw = few and not (layer.avx512 and strided)
+    if not (layer.avx512 or strided):
+        dw = dw or (terms <= _MOST_DW_TERMS and math.prod(x[2:]) >= _NOT_SMALL)
     if layer.last:
         dw = dw and not strided and x[1] >= 24
     if len(x) == 5:  # torch's dW is slow there, and of a single sample also its dX

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from math import ceil
 
-import torch
 from torch import Tensor
 
 from ..core.coarse import CoarseTwin
@@ -75,16 +74,12 @@ def whole_backward(
     if kind.selected == "channels":
         if observer is not None:
             observer.backward(x, w, dy, k, output_mask, kind)
-        pair, db = _along_channels(dy, x, w, p, k, rule, kind, output_mask, observer)
-        if not kind.block:  # the paper's choice, whole
-            return *pair, db
-    else:
-        along = _along_output if kind.selected == "output" else _along_input
-        pair, used, kind = along(dy, x, w, p, k, rule, kind, needs)
-        if observer is not None:
-            observer.backward(x, w, dy, used, output_mask, kind)
-    db = dy.sum([0, *range(2, dy.dim())]) if output_mask[2] else None
-    return *pair, db
+        return _along_channels(dy, x, w, p, k, rule, kind, output_mask, observer)
+    along = _along_output if kind.selected == "output" else _along_input
+    pair, used, kind = along(dy, x, w, p, k, rule, kind, needs)
+    if observer is not None:
+        observer.backward(x, w, dy, used, output_mask, kind)
+    return *pair, _sum_of_channels(dy) if output_mask[2] else None
 
 
 def _extent(dy: Tensor, x: Tensor, w: Tensor, p: ConvParams, rule: BackwardRule) -> Extent:
@@ -158,7 +153,7 @@ def _along_channels(
     kind: BackwardKind,
     output_mask: OutputMask,
     observer: CallObserver | None,
-) -> tuple[DxDw, Tensor | None]:
+) -> Grads:
     needs = output_mask[:2]
     kept = KeptChannels(dy, x, w, p, k, rule.score_fn)
     algorithms = autotune.choose(kept, *needs)
@@ -167,10 +162,17 @@ def _along_channels(
         observer.selected(kept.index)
         observer.computed(str(algorithms))
     if not kind.block:
-        return (dx, dw), db
+        return dx, dw, db
     twin = FastTwin.of(dy, x, w, p, rule.block)
-    rest = twin.pool_output(dy).index_fill(1, kept.index, 0)
-    return _add(twin, (dx, dw), twin.backward(rest, x, w, *needs)), None
+    pooled = twin.pool_output(dy)
+    if output_mask[2]:
+        db = _sum_of_channels(dy if p.transposed else pooled)  # of a transposed one: means
+    rest = pooled.index_fill(1, kept.index, 0)
+    return *_add(twin, (dx, dw), twin.backward(rest, x, w, *needs)), db
+
+
+def _sum_of_channels(t: Tensor) -> Tensor:
+    return t.sum([0, *range(2, t.dim())])
 
 
 def _along_output(
@@ -216,9 +218,11 @@ def _along_input(
         if dx is not None and bases.v is not None:
             dx = dx - mix(mix(dx, bases.v), bases.v.mT)
         if dw is not None and bases.t is not None:
-            rows = dw.expand_as(w).reshape(p.groups, w.shape[0] // p.groups, -1)
+            rows = twin.spread_taps(dw, w).reshape(p.groups, w.shape[0] // p.groups, -1)
             t = bases.t.to(w.dtype)
             dw = (rows - rows @ t @ t.mT).reshape(w.shape)
+            pair = pair[0], None if pair[1] is None else pair[1] + dw
+            dw = None
         pair = _add(twin, pair, (dx, dw))
     return pair, ceil(bases.share() * (w.shape[0] // p.groups)), kind
 
@@ -228,7 +232,6 @@ def _add(twin: CoarseTwin, pair: DxDw, coarse: DxDw) -> DxDw:
     if dx is not None:
         assert coarse[0] is not None
         dx = twin.of_x.add_spread(dx, coarse[0])
-    if dw is not None:
-        assert coarse[1] is not None
-        dw = dw + coarse[1] if torch.is_grad_enabled() else dw.add_(coarse[1])
+    if dw is not None and coarse[1] is not None:
+        dw = twin.add_taps(dw, coarse[1])
     return dx, dw

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 
@@ -15,10 +16,11 @@ from ..core.rule import Remainder, Selection, resolve_rule
 from ..schedule import presets
 from ..schedule.controller import SparsityController
 from ..schedule.layer_policy import LayerPolicy
-from ..schedule.schedules import Schedule
+from ..schedule.schedules import Schedule, constant
 from .conversion import Conversion, apply_conversion
-from .dry_run import FilterFn, dry_run
+from .dry_run import dry_run
 from .eligibility import DEFAULT_TYPES, Types
+from .filters import FilterFn
 from .layer_kinds import is_patched_layer
 from .layer_rules import rule_of_layer
 from .plan import Plan
@@ -28,11 +30,18 @@ from .sync_selection import synchronized
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# Equal to it, but not the same: who gives the preset itself has given a schedule.
+_DEFAULT = replace(presets.PAPER)
+
 
 def convert(
-    model: nn.Module,
-    schedule: Schedule | float | Callable[[int], float] = presets.PAPER,
+    model: Model,
+    schedule: Schedule | float | Callable[[int], float] = _DEFAULT,
     *,
+    drop_rate: float | None = None,
     types: Types = DEFAULT_TYPES,
     steps_per_epoch: int | None = None,
     filter_fn: FilterFn | None = None,
@@ -44,7 +53,7 @@ def convert(
     sync_selection: bool | ProcessGroup = False,
     controller: SparsityController | None = None,
     strict: bool = True,
-) -> nn.Module:
+) -> Model:
     """Give every Conv1d, Conv2d and Conv3d of ``model`` a sparse backward, in place.
 
     Other layers are converted when their class is named in ``types``.
@@ -56,6 +65,7 @@ def convert(
         model: Any module; a single convolution, a compiled or a wrapped model too.
         schedule: A schedule, a number (constant rate), or a callable t -> drop rate. Default: the
             paper's, 80 % of the channels dropped in every other epoch (arXiv 2408.12561).
+        drop_rate: In place of a schedule, a constant rate: ``drop_rate=0.8`` is ``schedule=0.8``.
         types: Classes of layers to convert, subclasses included: besides Conv1d, Conv2d and Conv3d
             also ``nn.ConvTranspose1d/2d/3d`` and ``nn.Linear`` (a channel is an output feature;
             ``exclude`` the classifier), and classes of other libraries that call ``F.conv1d/2d/3d``
@@ -107,6 +117,8 @@ def convert(
     todo = dry_run(model, types=types, filter_fn=filter_fn, exclude=exclude, overrides=overrides)
     if todo.refused:
         raise ValueError(_refusal("convert", todo))
+    if drop_rate is not None:
+        schedule = constant(drop_rate, schedule is not _DEFAULT)
     rule = resolve_rule(selection, remainder)
     align = check_count(align, "align", 1)
     if controller is None:
@@ -117,9 +129,9 @@ def convert(
             f"controller must be a SparsityController, got {controller!r}"
             + ", made before this package was imported again: make a new one" * again
         )
-    elif schedule is not presets.PAPER or steps_per_epoch is not None:
+    elif schedule is not _DEFAULT or steps_per_epoch is not None:
         raise ValueError(
-            "schedule and steps_per_epoch belong to the controller: give them to "
+            "schedule, drop_rate and steps_per_epoch belong to the controller: give them to "
             "SparsityController(...), or leave controller out"
         )
     score_fn = controller.random_scores if selection == "random" else rule.score_fn
@@ -143,7 +155,7 @@ def convert(
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Take the sparse backward off again; everything else stays as it is.
 
     Args:
@@ -172,7 +184,7 @@ def is_converted(module: nn.Module) -> bool:
     return any(is_patched_layer(m) for m in module.modules())
 
 
-class converted(DecoratorContextManager):  # lower case, as torch.no_grad
+class converted(DecoratorContextManager, Generic[Model]):  # lower case, as torch.no_grad
     """Converted inside, reverted after: a context manager, and a decorator.
 
     A model that was converted before gets that conversion back, on exceptions too.
@@ -182,15 +194,15 @@ class converted(DecoratorContextManager):  # lower case, as torch.no_grad
         **kwargs: As for :func:`convert`.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Model, *args: Any, **kwargs: Any) -> None:
         self.model, self._args, self._kwargs = model, args, kwargs
         self._before: list[Conversion] = []
 
-    def clone(self) -> converted:
+    def clone(self) -> converted[Model]:
         """Return a fresh manager with the same arguments, for each call of a decorated function."""
         return type(self)(self.model, *self._args, **self._kwargs)
 
-    def __enter__(self) -> nn.Module:
+    def __enter__(self) -> Model:
         before = Conversion.of(self.model)
         try:
             convert(self.model, *self._args, **self._kwargs)

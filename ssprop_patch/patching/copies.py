@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .convert import revert
+from .convert import Model, revert
 
 
+@overload
+def reverted_copy(model: DataParallel[Any] | DistributedDataParallel) -> nn.Module: ...
+@overload
+def reverted_copy(model: Model) -> Model: ...  # type: ignore[overload-cannot-match]  # torch: Any
 def reverted_copy(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` without the sparse backward; ``model`` itself stays converted.
 

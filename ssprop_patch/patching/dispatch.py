@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from ..core.geometry import Geometry
 from ..core.operations import Operation
-from ..ops.autograd import needs_backward, sparse
+from ..core.rule import BackwardRule
+from ..core.selection import kept_channels, l1_scores, l2_scores
+from ..ops import autotune
+from ..ops.autograd import Compiled, needs_backward, sparse
 from ..ops.transforms import in_transform
 from ..schedule.call_counts import note_compiled
 from ..schedule.layer_policy import LayerPolicy
@@ -87,11 +90,8 @@ def dispatch(
     own = not policy.remembers or is_own_weight(module, weight, geometry.groups)
     if torch.compiler.is_compiling():
         note_compiled()
-        # Reading the rate here would make one graph per value: the operator reads it.
         if (channels > 1 and policy.can_drop) or policy.is_metered:
-            token = policy.token if own else policy.token_of_others
-            compiled = policy.controller.rate_tensor, token
-            return sparse(operation, input, weight, bias, geometry, compiled=compiled)
+            return _compiled(operation, policy, input, weight, bias, geometry, channels, own)
     else:
         k = policy.kept(channels)
         if k < channels:
@@ -113,3 +113,35 @@ def dispatch(
     ):
         policy.observer.dense(input, weight, bias, out)  # type: ignore[union-attr]  # it has one
     return out
+
+
+def _compiled(
+    operation: Operation,
+    policy: LayerPolicy,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    channels: int,
+    own: bool,
+) -> Tensor:
+    """Call ``operation`` where torch.compile traces it.
+
+    Reading the rate here makes one graph per value, in which the compiler sees the backward: for
+    the few that :mod:`ssprop_patch.schedule.traced_rates` lists. Else an operator reads it.
+    """
+    rate, token = policy.controller.rate_tensor, policy.token if own else policy.token_of_others
+    compiled = Compiled(rate, token)
+    # Text, which is guarded on as it is; the rate only where there may be a graph for it.
+    traced_as = policy.traced_as if own and not autotune.benchmark else None
+    traced_rate = None if traced_as is None else policy.controller.traced_rate
+    if traced_as is not None and traced_rate is not None:
+        name, block, align = traced_as.split(" ")
+        k = kept_channels(channels, float(traced_rate), int(align))
+        if k == channels:
+            return operation.run(input, weight, bias, geometry)
+        if name != "principal":
+            rule = BackwardRule(l1_scores if name == "l1" else l2_scores, int(block))
+            return sparse(operation, input, weight, bias, geometry, k=k, rule=rule)
+        compiled = Compiled(rate, token, k, int(block))
+    return sparse(operation, input, weight, bias, geometry, compiled=compiled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -17,15 +17,15 @@ from .eligibility import (
     is_wrapped,
     judge,
     looks_like_convolution,
+    other_products,
 )
+from .filters import FilterFn, check_filter, wants
 from .layer_kinds import is_patched_layer
 from .layer_rules import choice_of_layer
 from .name_patterns import check_patterns, matches
 from .plan import Plan, PlanRow
 from .reasons import Reason, Verdict
 from .weight_readers import Readers
-
-FilterFn = Callable[[nn.Module, str], bool]
 
 
 def dry_run(
@@ -52,6 +52,7 @@ def dry_run(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     types = check_types(types)
+    check_filter(filter_fn)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     rates = {
         pattern: check_drop_rate(rate, f"overrides[{pattern!r}]")
@@ -59,7 +60,7 @@ def dry_run(
     }
     rule, usual = resolve_rule(selection, remainder), check_drop_rate(drop_rate)
     layers = _layers_of(model, types)
-    check_patterns((*exclude, *rates), layers)
+    check_patterns((*exclude, *rates), layers, model)
 
     rows, readers = [], Readers(model)
     for module, aliases in layers.items():
@@ -81,11 +82,21 @@ def dry_run(
         text = verdict.text + remark
         cls = original_class(type(module))
         rows.append(PlanRow(aliases[0], module, cls, verdict.reason, text, rate, ran, selected))
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), _others(model, layers))
+
+
+def _others(model: nn.Module, layers: Mapping[nn.Module, Sequence[str]]) -> tuple[PlanRow, ...]:
+    """Return a row for each other layer that multiplies matrices."""
+    found = []
+    for name, module in model.named_modules():
+        verdict = None if module in layers else other_products(module)
+        if verdict is not None:
+            found.append(PlanRow(name, module, type(module), verdict.reason, verdict.text))
+    return tuple(found)
 
 
 def _layers_of(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[nn.Module, list[str]]:
-    """Return the layers that a plan lists, in order, with all their names."""
+    """Return the layers that can be chosen from, in order, with all their names."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -107,6 +118,6 @@ def _chosen(
     excluded = next((p for p in exclude if matches(p, aliases)), None)
     if excluded is not None:
         return Verdict(Reason.EXCLUDED, f"excluded by {excluded!r}")
-    if filter_fn is not None and not filter_fn(module, aliases[0]):
+    if filter_fn is not None and not wants(filter_fn, module, aliases[0]):
         return Verdict(Reason.FILTERED, "filter_fn returned False")
     return verdict

@@ -118,6 +118,16 @@ def is_wrapped(module: nn.Module) -> bool:
     return is_patched(module) and not is_patched_class(type(module))
 
 
+def other_products(module: nn.Module) -> Verdict | None:
+    """Return why a layer stays dense that is no convolution, yet multiplies matrices; or None."""
+    cls = original_class(type(module))
+    if issubclass(cls, nn.Linear) and not issubclass(cls, NonDynamicallyQuantizableLinear):
+        return _not_among_types(nn.Linear)
+    if issubclass(cls, (nn.MultiheadAttention, nn.RNNBase)):
+        return Verdict(Reason.NO_SPARSE_BACKWARD, f"there is no sparse backward for {cls.__name__}")
+    return None
+
+
 def looks_like_convolution(module: nn.Module) -> bool:
     """Whether a layer computes a convolution, so that a plan says what becomes of it."""
     if isinstance(module, CONV_CLASSES):

@@ -25,6 +25,7 @@ class Reason(Enum):
     ATTENTION = ("skip", 8)
     WRAPPED_FORWARD = ("skip", 9)
     TORCHSCRIPT = ("skip", 10)
+    NO_SPARSE_BACKWARD = ("skip", 11)
 
     LAZY = ("refuse", 0)
     WRAPPED_CLASS = ("refuse", 1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from .._text import percent
+from ..ops import native, triton_kernels
 from ..schedule.call_counts import Ran, was_compiled
 from ..schedule.controller import get_controller
+from ..schedule.schedules import Interval
 from .dry_run import dry_run
 
 
@@ -26,6 +31,11 @@ class Status:
         compiled: Whether torch.compile has traced converted layers in this process: what compiled
             code runs is not counted.
         findings: What the watchdog has warned of.
+        kind: What the layers are: ``"convolutions"``, or ``"layers"`` if others are among them.
+        saved: Share of the whole network's FLOPs saved so far; None without a
+            :class:`ssprop_patch.Meter` on the model, and where that does not know it.
+        backend: Whether the C functions, or for a model on a GPU the Triton kernels, are on, and
+            why not.
     """
 
     layers: int
@@ -33,19 +43,28 @@ class Status:
     ran_sparse: int
     drop_rate: float
     t: int
-    interval: str
+    interval: Interval
     ran: Ran
     compiled: bool
     findings: tuple[str, ...]
+    kind: str = "layers"
+    saved: float | None = None
+    backend: str = ""
 
     def __str__(self) -> str:
-        line = (
-            f"{self.converted} of {self.layers} layers converted, {self.ran_sparse} have run "
-            f"sparse; drop rate {self.drop_rate:g}, {self.interval} {self.t}; calls: {self.ran}"
-            + ", compiled ones not counted"
-            * self.compiled
-        )
-        return "\n".join([line, *(f"warning: {finding}" for finding in self.findings)])
+        of = f"{self.converted} of {self.layers} {self.kind}"
+        all_sparse = self.drop_rate > 0 and self.ran_sparse == self.converted
+        parts = [
+            f"{of} sparse" if all_sparse else f"{of} converted, {self.ran_sparse} have run sparse",
+            f"drop rate {self.drop_rate:g}",
+            f"{self.interval} {self.t}",
+        ]
+        if self.saved is not None:
+            parts.append(f"{percent(self.saved)} of the training's FLOPs saved so far")
+        if self.backend:
+            parts.append(self.backend)
+        calls = f"; calls: {self.ran}" + ", compiled ones not counted" * self.compiled
+        return "\n".join([", ".join(parts) + calls, *(f"warning: {f}" for f in self.findings)])
 
 
 def status(model: nn.Module) -> Status:
@@ -61,7 +80,11 @@ def status(model: nn.Module) -> Status:
     """
     controller = get_controller(model)
     rows = dry_run(model)
-    ran = [row.ran for row in rows if row.ran is not None]
+    converted = [row for row in rows if row.ran is not None]
+    ran = [row.ran for row in converted if row.ran is not None]
+    policies = (vars(row.module).get("_ssprop_policy") for row in rows)
+    observers = (p.observer for p in policies if p is not None and p.observer is not None)
+    observer = next(observers, None)
     return Status(
         layers=len(rows),
         converted=len(ran),
@@ -72,4 +95,23 @@ def status(model: nn.Module) -> Status:
         ran=sum(ran, Ran()),
         compiled=was_compiled(),
         findings=tuple(controller.watchdog.findings.values()),
+        kind="layers" if any(issubclass(r.cls, nn.Linear) for r in rows) else "convolutions",
+        saved=None if observer is None else observer.saved_so_far(),
+        backend=_backend([row.module for row in converted]),
     )
+
+
+def _backend(layers: Sequence[nn.Module]) -> str:
+    """Return which functions of this package's own compute these layers, or why none do."""
+    tensors = [p for layer in layers for p in layer.parameters(recurse=False)]
+    devices = {t.device.type for t in tensors}
+    if "cuda" in devices:
+        name, why = "Triton kernels", triton_kernels.why_unavailable()
+    elif devices and devices != {"cpu"}:
+        name, why = "C functions", f"they are for CPUs, the model is on {'/'.join(sorted(devices))}"
+    elif tensors and not any(t.dtype in (torch.float32, torch.float64) for t in tensors):
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        name, why = "C functions", f"they take float32 and float64, the weights are {dtype}"
+    else:
+        name, why = "C functions", native.why_unavailable()
+    return f"{name} on" if why is None else f"{name} off: {why}"

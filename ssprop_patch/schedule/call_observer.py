@@ -35,3 +35,6 @@ class CallObserver(Protocol):
 
     def dense(self, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
         """A forward ran in torch's own way, and so will its backward."""
+
+    def saved_so_far(self) -> float | None:
+        """Share of the FLOPs of the whole network saved so far; None if that is not known."""

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ from .layer_state import check_layers_state, layers_state, load_layers_state
 from .schedules import Schedule, as_schedule
 from .settings import rate_tensor
 from .step_counter import StepCounter
+from .traced_rates import rates_to_trace
 from .watchdog import Lineage, Watchdog
 
 
@@ -63,6 +65,7 @@ class SparsityController:
         self._by_hand = False  # somebody called step(): the optimizer hook no longer counts
         self._warned = False
         self.random_scores = RandomScores(seed)
+        self._traced_rates = rates_to_trace(self._schedule)
         self._temporary: list[TemporaryRate] = []
         self._set_rate(self._schedule(0))
         self._lineage = Lineage()
@@ -110,8 +113,15 @@ class SparsityController:
         # A bool of its own: torch.compile guards on what it reads, and on this twice at most.
         # All in one line, as an interrupt does not come between. The tensor is new each time, for
         # what a compiled forward saved must not change: see settings.py.
-        tensor = rate_tensor(in_force)
-        self._drop_rate, self.sparse, self.rate_tensor = in_force, in_force > 0.0, tensor
+        tensor, traced = rate_tensor(in_force), None
+        if not torch.compiler.is_compiling():
+            traced = self._traced_rates.get(in_force)
+        self._drop_rate, self.sparse, self.rate_tensor, self.traced_rate = (
+            in_force,
+            in_force > 0.0,
+            tensor,
+            traced,
+        )
 
     def push_rate(self, temporary: TemporaryRate) -> None:
         """Put a temporary rate in force, until :meth:`pop_rate`."""

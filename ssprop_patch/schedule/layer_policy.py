@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 from ..core.rule import BackwardRule
+from ..core.selection import ScoreFn, l1_scores, l2_scores
 from .call_observer import CallObserver
 from .controller import SparsityController
 from .settings import LayerSettings, token_of
+from .traced_rates import may_trace
 
 
 class LayerPolicy:
@@ -42,6 +44,7 @@ class LayerPolicy:
         self.can_drop = self.override != 0.0
         self.is_metered = self.observer is not None
         self.settings = LayerSettings(self.rule, self.override, self.align, self.observer)
+        self.traced_as = self._traced_as()
         self.token = self.token_of_others = token_of(self.settings)
         self.remembers = self.rule.subspace is not None
         if self.remembers:  # but nothing of a weight that is not the layer's own
@@ -51,6 +54,22 @@ class LayerPolicy:
     def metered(self, observer: CallObserver) -> LayerPolicy:
         """Return the same policy with a report of each call to ``observer``."""
         return LayerPolicy(self.controller, self.rule, self.override, self.align, observer)
+
+    def _traced_as(self) -> str | None:
+        """Return, in words, what torch.compile may see of the backward: selection, block, align.
+
+        None where there is more to it than a graph can hold, or where graphs would be many.
+        """
+        rule = self.rule
+        if self.override is not None or self.is_metered:
+            return None
+        known: dict[ScoreFn, str] = {l1_scores: "l1", l2_scores: "l2"}
+        name = known.get(rule.score_fn)
+        if rule.subspace is not None and name is not None:
+            name = "principal" if rule.subspace.settings.energy is None else None
+        words = f"{name} {rule.block} {self.align}"
+        may = name is not None and may_trace(self.controller._traced_rates, words)
+        return words if may else None
 
     @property
     def active(self) -> bool:

@@ -6,6 +6,7 @@ import ast
 import difflib
 from typing import Any
 
+from . import presets
 from .schedules import (
     BarSchedule,
     ConstantSchedule,
@@ -29,6 +30,9 @@ SCHEDULES: dict[str, type[Schedule]] = {
     )
 }
 
+#: Schedules with a name, which counts in small letters, too.
+PRESETS: dict[str, Schedule] = {"PAPER": presets.PAPER, "STEADY": presets.STEADY}
+
 # Where Python itself gives up on a text (too deep, null bytes), it is as wrong as others.
 _WRONG = (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
@@ -37,8 +41,9 @@ def parse_schedule(text: str) -> Schedule:
     """Return the schedule that ``text`` describes.
 
     The text is a call of one of ``SCHEDULES`` with numbers, texts, lists and other such calls as
-    arguments, as a schedule's own repr is; or a bare number, a constant rate. It is read as a
-    syntax tree, never run, so a command line taken from elsewhere can do no harm.
+    arguments, as a schedule's own repr is; the name of a preset, such as ``paper``; or a bare
+    number, a constant rate. It is read as a syntax tree, never run, so a command line taken from
+    elsewhere can do no harm.
 
     Raises:
         ValueError: If the text is anything else, or a schedule refuses its arguments. One line.
@@ -52,8 +57,8 @@ def parse_schedule(text: str) -> Schedule:
         raise ValueError(f"{_short(text)}: {message}") from error
     if not isinstance(value, Schedule):
         raise ValueError(
-            f"{_short(text)}: not a schedule; write for example 'BarSchedule(0.8, period=2)' or a "
-            "number for a constant drop rate"
+            f"{_short(text)}: not a schedule; write for example 'BarSchedule(0.8, period=2)', a "
+            f"number for a constant drop rate, or a preset: {', '.join(PRESETS)}"
         )
     return value
 
@@ -74,15 +79,34 @@ def _value(node: ast.expr) -> Any:
             return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.Call):
         return _call(node)
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return _preset(node)
     raise ValueError(
         f"{ast.unparse(node)!r} is neither a number, a text, a list nor one of the schedules "
         f"{', '.join(SCHEDULES)}"
     )
 
 
+def _preset(node: ast.expr) -> Schedule:
+    name = ast.unparse(node)
+    bare = _bare(name).removeprefix("presets.").upper()
+    if bare in PRESETS:
+        return PRESETS[bare]
+    known = {name.upper(): f"{name}(...)" for name in SCHEDULES} | {n: n for n in PRESETS}
+    near = difflib.get_close_matches(bare, known, n=1)
+    hint = f"; did you mean {known[near[0]]}?" if near else ""
+    raise ValueError(
+        f"{name!r} is neither a number nor a preset, of which there are {', '.join(PRESETS)}{hint}"
+    )
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("ssp.").removeprefix("ssprop_patch.")
+
+
 def _call(node: ast.Call) -> Schedule:
     name = ast.unparse(node.func)
-    bare = name.removeprefix("ssp.").removeprefix("ssprop_patch.")
+    bare = _bare(name)
     if bare not in SCHEDULES:
         near = difflib.get_close_matches(bare, SCHEDULES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SCHEDULES)}"

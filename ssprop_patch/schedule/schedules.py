@@ -16,9 +16,12 @@ import numbers
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .._validate import check_count, check_drop_rate
+
+#: What a schedule's t counts.
+Interval = Literal["epoch", "step"]
 
 # What an argument must be, by its name, which means the same in every schedule.
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
@@ -62,7 +65,7 @@ class Schedule:
         TypeError, ValueError: When made, for an argument that is not as described.
     """
 
-    interval: str = field(default="epoch", kw_only=True)
+    interval: Interval = field(default="epoch", kw_only=True)
     levels: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -100,6 +103,11 @@ class Schedule:
         """True only when D is known to be the same for all t, so that nothing need count."""
         return False
 
+    @property
+    def rates(self) -> frozenset[float] | None:
+        """All rates that occur, where that is known and does not depend on how long it runs."""
+        return None
+
     def average(self, total: int) -> float:
         """Return the mean of D over t = 0, ..., total - 1 (total >= 1, in the interval's unit)."""
         total = check_count(total, "total", 1)
@@ -130,6 +138,11 @@ class ConstantSchedule(Schedule):
     def is_constant(self) -> bool:
         return True
 
+    @property
+    def rates(self) -> frozenset[float]:
+        """The one."""
+        return frozenset((self(0),))
+
 
 @dataclass(frozen=True, repr=False)
 class BarSchedule(Schedule):
@@ -148,6 +161,11 @@ class BarSchedule(Schedule):
     @property
     def is_constant(self) -> bool:
         return self.drop_rate == 0.0
+
+    @property
+    def rates(self) -> frozenset[float]:
+        """0 and the rate of the sparse half."""
+        return frozenset((self(0), self(self.period - 1)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,6 +227,11 @@ class StepSchedule(Schedule):
     def _rate(self, t: int) -> float:
         return self.drop_rates[bisect_right(self.milestones, t)]
 
+    @property
+    def rates(self) -> frozenset[float]:
+        """Those of the pieces."""
+        return frozenset(self(t) for t in (0, *self.milestones))
+
 
 @dataclass(frozen=True, repr=False)
 class SequentialSchedule(Schedule):
@@ -223,7 +246,7 @@ class SequentialSchedule(Schedule):
 
     schedules: Sequence[Schedule]
     milestones: Sequence[int]
-    interval: str = field(init=False, repr=False)
+    interval: Interval = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts, points = _check_pieces(self.schedules, self.milestones, "schedules")
@@ -241,6 +264,16 @@ class SequentialSchedule(Schedule):
     @property
     def is_constant(self) -> bool:
         return all(s.is_constant and s(0) == self.schedules[0](0) for s in self.schedules)
+
+    @property
+    def rates(self) -> frozenset[float] | None:
+        """Those of all parts."""
+        found: set[float] = set()
+        for part in self.schedules:
+            if part.rates is None:
+                return None
+            found |= part.rates
+        return frozenset(found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -294,3 +327,20 @@ def as_schedule(obj: Any) -> Schedule:
         "a schedule must be a Schedule such as BarSchedule(0.8), a number in [0, 1) for a "
         f"constant drop rate, or a function t -> drop rate; got {obj!r}"
     )
+
+
+def constant(drop_rate: Any, schedule_too: bool) -> ConstantSchedule:
+    """Return the schedule that ``drop_rate=`` means where a schedule is expected.
+
+    Args:
+        drop_rate: What was given.
+        schedule_too: Whether a schedule was given besides.
+
+    Raises:
+        TypeError, ValueError: If it is no rate, or both were given.
+    """
+    if schedule_too:
+        raise ValueError("give schedule or drop_rate, not both: drop_rate=0.8 is schedule=0.8")
+    if callable(drop_rate):
+        raise TypeError(f"drop_rate is a number: give {drop_rate!r} as schedule=...")
+    return ConstantSchedule(drop_rate)

@@ -20,8 +20,9 @@ from ..flops.trace import Shape
 from ..ops.autograd import make_lazy
 from ..ops.channel_scores import lazy_order
 from ..patching.convert import convert
-from ..patching.dry_run import FilterFn, dry_run
+from ..patching.dry_run import dry_run
 from ..patching.eligibility import DEFAULT_TYPES, Types
+from ..patching.filters import FilterFn
 from .interleaved import Quantiles, alternate
 from .recorded_calls import Inputs, RecordedCall, autocasting, isolated, record_calls
 

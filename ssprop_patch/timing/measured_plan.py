@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._progress import Progress
+from .._text import columns, sizes
 from ..core.rule import Remainder, Selection
-from ..patching.dry_run import FilterFn, dry_run
+from ..flops.shares import with_shares
+from ..patching.dry_run import dry_run
 from ..patching.eligibility import DEFAULT_TYPES, Types
+from ..patching.filters import FilterFn
 from ..patching.plan import Plan, PlanRow
 from .interleaved import Quantiles
 from .layers import LayerTime, pays, time_layers
@@ -37,13 +41,15 @@ def plan(
     remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
+    progress: bool = True,
 ) -> Plan:
     """Say what :func:`ssprop_patch.convert` would do to each layer, and change nothing.
 
-    With ``measure`` also what it would save on this machine. Each layer that would be converted is
-    timed alone, dense and sparse in turns; then the whole network with none of them converted,
-    those that paid alone, and all. ``filter_fn=plan.pays`` converts what was fastest, maybe none;
-    what else is given to ``convert`` should be as it was measured::
+    With ``inputs`` also what each holds of the network's FLOPs, and which ``types`` would convert
+    more of them. With ``measure`` also what it would save on this machine. Each layer that would
+    be converted is timed alone, dense and sparse in turns; then the whole network with none of
+    them converted, those that paid alone, and all. ``filter_fn=plan.pays`` converts what was
+    fastest, maybe none; what else is given to ``convert`` should be as it was measured::
 
         convert(model, filter_fn=plan(model, inputs=x, drop_rate=0.8, measure=True).pays)
 
@@ -64,30 +70,31 @@ def plan(
             A layer pays alone if its sparse median is below 0.97 of the dense one; a converted
             network is faster than the dense one if its median is below 0.99 of that. A compiled
             model runs compiled, once for each choice. Measure before wrapping in DDP.
-        inputs: What the model is called with while measuring, on the device and in the memory
-            format of the training: a tensor, a tuple of positional or a dict of keyword arguments.
+        inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword
+            arguments; for measuring on the device and in the memory format of the training.
         drop_rate, align, selection, remainder: As for :func:`ssprop_patch.convert`, of the sparse
             side while measuring. And under ``selection="principal"`` the plan says what each layer
             gets at that rate: directions on the output or the input side, or the paper's choice,
             and why.
         autocast: The dtype of autocast while measuring, or None for none.
         iterations: Measurements of each side.
+        progress: Whether to show on standard error how far the measurements have come: a bar on a
+            terminal, elsewhere a line every half minute.
 
     Returns:
         The plan, with a row for every convolution and every layer of ``types``, in the order of
-        ``model.modules()``.
+        ``model.modules()``, and others for what else multiplies matrices.
 
     Raises:
         TypeError: If ``model`` is not a module, a pattern not text, or ``types`` not classes.
         ValueError: If a pattern matches no layer of the plan (the nearest names are shown), a rate
             is not in [0, 1), one of ``types`` cannot have a sparse backward, there is no such
-            ``selection`` or ``remainder``, or ``measure`` and ``inputs`` come without each other.
+            ``selection`` or ``remainder``, ``measure`` comes without ``inputs``, or the model does
+            not run on these.
     """
-    if measure != (inputs is not None):
+    if measure and inputs is None:
         raise ValueError(
             "measuring needs inputs to run the model on: plan(model, inputs=x, measure=True)"
-            if measure
-            else "inputs are for measuring: plan(model, inputs=x, measure=True)"
         )
     planned = dry_run(
         model,
@@ -100,7 +107,9 @@ def plan(
         drop_rate=drop_rate,
         align=align,
     )
-    if inputs is None:
+    if inputs is not None:
+        planned = with_shares(planned, model, None, inputs)
+    if not measure or inputs is None:
         return planned
     timing: dict[str, Any] = {
         "types": types,
@@ -113,17 +122,28 @@ def plan(
     }
     wanted = {row.module for row in planned.converted}
     times: dict[str, list[LayerTime]] = {}
-    for time in time_layers(model, inputs, drop_rate, filter_fn=lambda m, _: m in wanted, **timing):
-        times.setdefault(time.name, []).append(time)
+    with Progress("timing layers", shown=progress) as show:
+        for time in time_layers(
+            model,
+            inputs,
+            drop_rate,
+            filter_fn=lambda m, _: m in wanted,
+            **timing,
+            progress=show,
+        ):
+            times.setdefault(time.name, []).append(time)
     rows = tuple(MeasuredRow.of(row, times.get(row.name, ())) for row in planned)
     choices = _choices(rows)
     modules = {name: [row.module for row in chosen] for name, chosen in choices.items()}
-    ms = time_networks(model, inputs, modules, drop_rate, **timing) if choices else {}
+    ms: dict[str, Quantiles] = {}
+    if choices:
+        with Progress("timing the whole network", shown=progress) as show:
+            ms = time_networks(model, inputs, modules, drop_rate, **timing, progress=show)
     networks = (
         PlanNetwork(name, frozenset(row.name for row in chosen), ms[name])
         for name, chosen in choices.items()
     )
-    return MeasuredPlan(rows, tuple(networks))
+    return MeasuredPlan(rows, planned.others, tuple(networks))
 
 
 def _choices(rows: Sequence[MeasuredRow]) -> dict[str, list[MeasuredRow]]:
@@ -175,7 +195,7 @@ class PlanNetwork:
     ms: Quantiles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MeasuredPlan(Plan):
     """A plan whose layers were timed.
 
@@ -217,18 +237,21 @@ class MeasuredPlan(Plan):
             row = next((r for r in self.rows if r.name == name), None)
         return row is not None and self.best is not None and row.name in self.best.converted
 
+    def _lines(self) -> list[str]:
+        return columns(self._cells(), optional=(2, 5, 1), wrapped=2)  # weight, share, input
+
     def _cells(self) -> Sequence[Sequence[str]]:
-        return [_HEAD, *(line for row in self.rows for line in _lines(row))]
+        others = [_unmeasured(row) for row in self.others]
+        return [_HEAD, *(line for row in self.rows for line in _lines(row)), *others]
 
     def _totals(self) -> str:
-        totals = f"{super()._totals()}; {sum(row.pays for row in self.rows)} pay alone"
-        if self.best is None:
-            return totals
-        times = ", ".join(f"{n.choice} {n.ms.p50:.3f} ms" for n in self.networks)
-        return (
-            f"{totals}\nforward and backward of the whole network, converted: {times}; "
-            f"convert {self.best.choice}"
-        )
+        first, *rest = super()._totals().splitlines()
+        lines = [f"{first}; {sum(row.pays for row in self.rows)} pay alone", *rest]
+        if self.best is not None:
+            times = ", ".join(f"{n.choice} {n.ms.p50:.3f} ms" for n in self.networks)
+            lines.append("forward and backward of the whole network, converted:")
+            lines.append(f"  {times}; convert {self.best.choice}")
+        return "\n".join(lines)
 
 
 _HEAD = "name", "input", "weight", "dense ms", "sparse ms", "share", "kernel", "pays alone"
@@ -237,13 +260,12 @@ _HEAD = "name", "input", "weight", "dense ms", "sparse ms", "share", "kernel", "
 def _lines(row: MeasuredRow) -> list[tuple[str, ...]]:
     """Return a line for each shape of input that a layer was given; one that says why none was."""
     if not row.times:
-        why = row.reason if row.action != "convert" else "not run, or needs no gradient: no"
-        return [(row.shown_name, "", "", "", "", "", "", why)]
+        return [_unmeasured(row)]
     return [
         (
             row.shown_name,
-            "x".join(map(str, t.input_shape)) + f" ({t.calls} times)" * (t.calls > 1),
-            "x".join(map(str, t.weight_shape)),
+            sizes(t.input_shape) + f" ({t.calls} times)" * (t.calls > 1),
+            sizes(t.weight_shape),
             f"{t.dense_ms.p50:.3f}",
             f"{t.sparse_ms.p50:.3f}",
             f"{t.share:.2f}",
@@ -252,3 +274,8 @@ def _lines(row: MeasuredRow) -> list[tuple[str, ...]]:
         )
         for t in row.times
     ]
+
+
+def _unmeasured(row: PlanRow) -> tuple[str, ...]:
+    why = row.reason if row.action != "convert" else "not run, or needs no gradient: no"
+    return (row.shown_name, "", "", "", "", "", "", why)

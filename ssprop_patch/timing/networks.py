@@ -35,6 +35,7 @@ def time_networks(
     remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Quantiles]:
     """Time forward and backward of ``model`` with each choice of its layers converted, in turns.
 
@@ -49,6 +50,7 @@ def time_networks(
             :func:`ssprop_patch.convert`.
         autocast: The dtype of autocast, or None for none.
         iterations: Measurements of each choice.
+        progress: Is called with how many of how many measurements are done.
 
     Returns:
         Milliseconds by name.
@@ -88,7 +90,7 @@ def time_networks(
 
             sides = {name: partial(side, c) for name, c in conversions.items()}
             try:
-                taken = alternate(sides, iterations)
+                taken = alternate(sides, iterations, progress=progress)
             finally:
                 revert(model)  # first, as what is put back then are attributes
     finally:

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from .networks import loss_of
 from .recorded_calls import Inputs, as_arguments, autocasting, device_of
 
 #: What is timed of a step; ``step`` is all of it, with zero_grad and the optimizer.
-MODES = ("forward", "backward", "step")
+Mode = Literal["forward", "backward", "step"]
+MODES: tuple[Mode, ...] = ("forward", "backward", "step")
 # How long one reading of an energy counter should last: NVML's is renewed every 0.1 s.
 _ENERGY_SECONDS = 2.0
 
@@ -33,7 +34,7 @@ _ENERGY_SECONDS = 2.0
 class StepTime:
     """Seconds of one part of a step."""
 
-    mode: str
+    mode: Mode
     dense_s: Quantiles
     sparse_s: Quantiles
 
@@ -83,6 +84,7 @@ def time_steps(
     remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     iterations: int = 15,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[StepTime]:
     """Time whole training steps of ``model``, dense and sparse in turns.
 
@@ -93,6 +95,7 @@ def time_steps(
         model: Any module in training mode, on the device and in the memory format to be timed.
         inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         drop_rate, types, selection, remainder, autocast, iterations: As for :func:`time_layers`.
+        progress: Is called with how many of how many measurements are done.
 
     Returns:
         A row for each of ``MODES``.
@@ -100,7 +103,7 @@ def time_steps(
     iterations = check_count(iterations, "iterations", 1)
     sparse = _sparse(drop_rate, types, selection, remainder)
     with _sides(model, inputs, sparse, autocast) as sides:
-        taken = alternate(sides, iterations)
+        taken = alternate(sides, iterations, progress=progress)
     return [StepTime(mode, taken["dense"][i], taken["sparse"][i]) for i, mode in enumerate(MODES)]
 
 
@@ -115,10 +118,12 @@ def joules_per_step(
     remainder: Remainder = None,
     autocast: torch.dtype | None = None,
     seconds: float = _ENERGY_SECONDS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Measure the joules of a training step, ``{"dense": ..., "sparse": ...}``.
 
-    Each side trains for about ``seconds`` twice, in turns.
+    Each side trains for about ``seconds`` twice, in turns; ``progress`` is called with how many of
+    these four are done.
     """
     joules = {"dense": 0.0, "sparse": 0.0}
     steps = {"dense": 0, "sparse": 0}
@@ -126,7 +131,7 @@ def joules_per_step(
     with _sides(model, inputs, sparse, autocast) as sides:
         for step in sides.values():
             step()
-        for side in ("dense", "sparse", "sparse", "dense"):
+        for done, side in enumerate(("dense", "sparse", "sparse", "dense"), 1):
             counter.begin()
             end = time.perf_counter() + seconds
             while True:
@@ -135,6 +140,8 @@ def joules_per_step(
                 if time.perf_counter() >= end:
                     break
             joules[side] += sum(counter.end().values())
+            if progress is not None:
+                progress(done, 4)
     return {side: joules[side] / steps[side] for side in joules}
 
 

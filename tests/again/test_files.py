@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch._files import append_rows, replacing, whole_rows, write_atomically
+from ssprop_patch._csv_table import CsvTable
+from ssprop_patch._files import replacing, whole_rows, write_atomically
 from ssprop_patch.metering.loggers import CsvFile
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -246,12 +247,37 @@ def test_whole_rows(content, whole):
 def test_wherever_a_write_stopped_the_next_row_stands_by_itself(tmp_path):
     path, header = tmp_path / "rows.csv", "a,b\n"
     row = '1,"two\nlines, ""quoted"""\n'
+    table = CsvTable(path, ("a", "b"))
     for end in range(len(header + row) + 1):
         path.write_text((header + row)[:end])
-        append_rows(path, "3,4\n", header)
-        rows = list(csv.reader(path.read_text().splitlines(keepends=True)))
-        assert rows[0] == ["a", "b"] and rows[-1] == ["3", "4"]
-        assert len(rows) == (3 if end == len(header + row) else 2)
+        whole = [{"a": "1", "b": 'two\nlines, "quoted"'}] * (end == len(header + row))
+        assert table.read() == whole
+        table.append([{"a": 3, "b": 4}])
+        assert table.read() == [*whole, {"a": "3", "b": "4"}]
+        assert path.read_text().startswith(header)
+
+
+def test_a_file_of_an_older_version_gets_the_columns_that_it_lacks(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,c\r\n1,3\r\n")
+    table = CsvTable(path, ("a", "b", "c"), {"b": "-"})
+    assert table.read() == [{"a": "1", "b": "-", "c": "3"}]
+    table.append([{"a": 4, "b": 5}])
+    assert path.read_text() == "a,b,c\n1,-,3\n4,5,\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("a,c\n", "without b; with c"), ("b,a\n1,2\n", "in another order"), ("x", "with x")],
+)
+def test_a_file_of_other_columns_is_left_alone(tmp_path, content, why):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    table = CsvTable(path, ("a", "b"))
+    for use in (table.read, table.check, table.open, lambda: table.append([])):
+        with pytest.raises(ValueError, match=f"rows.csv has other columns.*{why}"):
+            use()
+    assert path.read_text() == content
 
 
 def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
@@ -264,11 +290,11 @@ def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
             log.write({"rate": 0.25}, 22)
         assert path.read_bytes() == before
         with pytest.raises(OSError, match=TOO_LARGE), room_for(len(before) + count):
-            append_rows(path, "22,0.25\r\n")
+            CsvTable(path, columns).append([{"step": 22, "rate": 0.25}])
         assert path.read_bytes() == before
     log.write({"rate": 0.75}, 3)
     log.close()
-    assert path.read_bytes() == before + b"3,0.75\r\n"
+    assert path.read_bytes() == before + b"3,0.75\n"
 
 
 @pytest.mark.parametrize("cut", [1, 6, 11, 12, 13, 18, 24])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "scripts")]
+sys.path.insert(0, str(BENCHMARKS))
 
 
 def rows_in(folder: Path, name: str = "runs.csv") -> list[dict[str, str]]:

@@ -65,7 +65,7 @@ def test_which_layers_of_a_network_become_sparse():
 def test_measured_plan_says_which_layers_become_sparse(tmp_path, monkeypatch):
     asked = []
 
-    def plan(model, *, inputs, types, drop_rate, measure, align):
+    def plan(model, *, inputs, types, drop_rate, measure, align, progress):
         asked.append((tuple(inputs.shape), nn.Linear in types, drop_rate, measure))
         own = set(model.modules())
         # A plan of another copy would not know these layers.

@@ -11,8 +11,6 @@ from classifier.options import parse
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schedule", "BarShedule(0.8)"], "did you mean BarSchedule"),
-        (["--schedule", "BarSchedule(1.5)"], "[0, 1)"),
         (["--model", "resnet_18"], "did you mean resnet18"),
         (["--model", "torchvision:convnext"], "did you mean convnext"),
         (["--model", "keras:resnet18"], "timm:NAME"),
@@ -39,23 +37,40 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--drop-rate", "1"],
-        ["--drop-rate", "nan"],
-        ["--epochs", "0"],
-        ["--data", "imagenet"],
-        ["--methods", "sparse"],
-        ["--drop-rate", "0.5", "--schedule", "0.5"],
-        ["--resume", "--overwrite"],
-        ["--sedes", "3"],
+        ("--schedule BarShedule(0.8)", "did you mean BarSchedule"),
+        ("--schedule BarSchedule(1.5)", "[0, 1)"),
+        ("--drop-rate 1", "1 would drop every channel"),
+        ("--drop-rate nan", "[0, 1)"),
+        ("--epochs 0", "'0' is not an integer >= 1"),
+        ("--epochs 2.5", "'2.5' is not an integer >= 1"),
+        ("--lr 0", "'0' is not a number > 0"),
+        ("--dropout 1", "'1' is not a number >= 0 and < 1"),
+        ("--data imagenet", "invalid choice: 'imagenet'"),
+        ("--methods sparse", "invalid choice: 'sparse'"),
+        ("--drop-rate 0.5 --schedule 0.5", "not allowed with"),
+        ("--resume --overwrite", "give one of them"),
+        ("--sedes 3", "unrecognized arguments"),
     ],
 )
-def test_bad_option_is_one_line(arguments, capsys):
+def test_bad_option_is_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
-        parse(arguments)
+        parse(arguments.split())
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and message in line
+
+
+def test_the_schedule_is_written_in_one_way():
+    """So that a run goes on, however the same schedule was named."""
+    texts = {
+        "": "BarSchedule(0.8, period=2)",
+        "--schedule paper": "BarSchedule(0.8, period=2)",
+        "--drop-rate 0.5": "BarSchedule(0.5, period=2)",
+        "--schedule 0.5": "ConstantSchedule(0.5)",
+    }
+    assert {words: parse(words.split()).schedule for words in texts} == texts
 
 
 def test_unexpected_failure_is_one_line_and_another_code(tmp_path, monkeypatch, capsys):

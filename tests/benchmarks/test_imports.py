@@ -53,7 +53,13 @@ def of_the_package(tree: ast.AST) -> Iterator[str]:
                 yield ".".join(reversed(words))
 
 
+#: What is no part of what is measured: files, text, command lines.
+HELPERS = ("_csv_table.", "_files.", "_progress.", "_text.", "cli.options.")
+
+
 def may_be_used(name: str) -> bool:
+    if name.startswith(HELPERS):
+        return True
     first, *rest = name.split(".")
     if name == "__version__":
         return True
@@ -74,7 +80,8 @@ def test_only_public_names_of_the_package_are_used(path):
     ("text", "names"),
     [
         ("from ssprop_patch.core.selection import kept_channels", ["core.selection.kept_channels"]),
-        ("from ssprop_patch._files import replacing", ["_files.replacing"]),
+        ("from ssprop_patch._validate import check_count", ["_validate.check_count"]),
+        ("from ssprop_patch._files import replacing", []),
         ("def f():\n    from ssprop_patch.timing import hidden", ["timing.hidden"]),
         ("ssp.patching.convert", ["patching.convert", "patching"]),
         ("ssp.timing._device.waiter()", ["timing._device.waiter", "timing._device"]),
@@ -105,7 +112,7 @@ def imports(path: Path) -> Iterator[str]:
 def test_there_are_no_circles():
     graph = {name: set(imports(path)) - {name} for name, path in MODULES.items()}
     assert graph["classifier.batches"] == {"classifier.images"}  # the graph is one
-    assert graph["zoo.runner"] == {"files", "processes", "zoo.models"}
+    assert graph["zoo.runner"] == {"processes", "zoo.models"}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -57,7 +57,10 @@ def test_picture_is_written_beside_the_rows(tmp_path, capsys):
     only_dense = tmp_path / "dense.csv"
     schema.append(only_dense, [r for r in compared() if r.side == "dense"])
     missing = tmp_path / "missing.csv"
-    for argument, message in ((only_dense, "no row of a sparse side"), (missing, "No such file")):
+    for argument, message in (
+        (only_dense, "no row of a sparse side"),
+        (missing, "there is no file"),
+    ):
         with pytest.raises(SystemExit) as stop:
             plot.main([str(argument)])
         assert stop.value.code == 2 and message in capsys.readouterr().err

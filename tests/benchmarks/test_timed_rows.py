@@ -47,7 +47,7 @@ def test_an_unfinished_row_is_not_read_and_cut_off_by_the_next(tmp_path):
         kept = rows[: max(0, whole[:end].count(b"\n") - 1)]
         if end >= header:
             assert schema.read(file) == kept
-        assert schema.check_header(file) is (end < header)
+        schema.table(file).check()
         schema.append(file, rows)
         assert schema.read(file) == kept + rows
 
@@ -66,6 +66,8 @@ def test_file_with_other_columns_is_refused_and_left_alone(tmp_path):
         assert file.read_text() == before
     with pytest.raises(ValueError, match="there is no folder"):
         schema.append(tmp_path / "missing" / "times.csv", compared())
+    with pytest.raises(ValueError, match="there is no file"):
+        schema.read(tmp_path / "missing.csv")
 
 
 @pytest.mark.parametrize("cut", [lambda line: line.rpartition(",")[0], lambda line: line[5:]])

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 import ssprop_patch as ssp
-from ssprop_patch.__main__ import _parser, main
+from ssprop_patch.__main__ import COMMANDS, main, parser_of
+from ssprop_patch.cli import options
+from ssprop_patch.patching.eligibility import DEFAULT_TYPES
+from ssprop_patch.patching.layer_kinds import LAYERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,9 +34,10 @@ def test_report_on_a_timm_model_has_the_totals_of_summary(printed, read_csv):
 
     summary = ssp.summary(timm.create_model("resnet18"), input_size=(2, 3, 64, 64), drop_rate=0.6)
     rows = read_csv(out)
-    assert [row["name"] for row in rows] == [layer.name for layer in summary.layers]
+    names = [*(layer.name for layer in summary.layers), "fc", "(everything else)"]
+    assert [row["name"] for row in rows] == names
     for column in ("forward", "dense_backward", "sparse_backward"):
-        assert sum(int(row[column]) for row in rows) == getattr(summary, column)
+        assert sum(int(row[column] or 0) for row in rows) == getattr(summary, column)
 
 
 def test_a_reader_that_leaves_early_hears_no_traceback():
@@ -60,6 +64,22 @@ def test_an_input_that_does_not_fit_is_the_models_own_error_in_one_line(nets, re
 
 
 @pytest.mark.parametrize(
+    ("sizes", "shapes"),
+    [
+        ("1 3 8 8", [[1, 3, 8, 8]]),
+        ("1x3x8x8", [[1, 3, 8, 8]]),
+        ("1×3×8×8", [[1, 3, 8, 8]]),
+        ("1x3x8x8 2x5", [[1, 3, 8, 8], [2, 5]]),
+        ("1x3x8x8 --input-size 2 5", [[1, 3, 8, 8], [2, 5]]),
+        ("7", [[7]]),
+    ],
+)
+def test_sizes_are_read_as_they_are_printed(sizes, shapes):
+    words = ["report", "timm:resnet18", "--input-size", *sizes.split()]
+    assert parser_of("report").parse_args(words).input_size == shapes
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--drop-rate 80", "a fraction, not a percentage"),
@@ -73,6 +93,10 @@ def test_an_input_that_does_not_fit_is_the_models_own_error_in_one_line(nets, re
         ("--json --csv", "not allowed with"),
         ("--input-size 8 timm:resnet18", "MODEL goes before --input-size"),
         ("--dorp-rate 0.5", "unrecognized arguments"),
+        ("--schedule papr --epochs 2", "did you mean PAPER"),
+        ("--input-size 8x3xx8", "'8x3xx8' is neither an integer >= 1 nor a shape"),
+        ("--input-size 1x3x0x8", "'1x3x0x8' is neither"),
+        ("--input-size 8 3x8x8", "write either 8 3 224 224 or 8x3x224x224"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_code_2(arguments, message, nets, refused):
@@ -95,22 +119,41 @@ def test_traceback_shows_where(nets):
     assert isinstance(error.value.__cause__, RuntimeError)
 
 
-def commands_with_help() -> dict[str, str]:
-    parser = _parser()
-    group = next(a for a in parser._actions if getattr(a, "choices", None))
-    return {name: sub.format_help() for name, sub in group.choices.items()}
+def help_of(name: str) -> str:
+    group = next(a for a in parser_of(name)._actions if getattr(a, "choices", None))
+    return group.choices[name].format_help()
 
 
-def test_every_example_of_the_help_is_a_command_line(tmp_path):
-    texts = {"": _parser().format_help(), **commands_with_help()}
-    for name, text in texts.items():
-        lines = text.replace("\\\n", " ").partition("examples:")[2].splitlines()
-        examples = [line for line in lines if line.startswith("  ssprop-patch")]
-        assert len(examples) >= 3
-        for example in examples:
-            words = shlex.split(example.partition(" > ")[0])[1:]
-            assert words[0] == name or not name
-            _parser().parse_args(words)
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_every_example_of_the_help_is_a_command_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "train.py").write_text("")
+    text = help_of(name) if name else parser_of(None).format_help()
+    lines = text.replace("\\\n", " ").partition("examples:")[2].splitlines()
+    examples = [line.strip() for line in lines if " ssprop-patch" in line]
+    assert len(examples) >= 3
+    for example in examples:
+        words = shlex.split(example.partition("ssprop-patch ")[2].partition(" > ")[0])
+        assert words[0] == name or not name
+        parser_of(words[0]).parse_args(words)
+
+
+def test_version_and_help_do_not_wait_for_torch():
+    code = "import sys, ssprop_patch.__main__ as m; sys.argv[1:] = {}; m.main()"
+    for words in (["--version"], ["--help"], ["run", "--help"], ["schedule", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", AT_EXIT + code.format(words)], capture_output=True, text=True
+        )
+        assert done.stdout.endswith("torch: False\n") and not done.returncode, words
+
+
+AT_EXIT = "import atexit, sys; atexit.register(lambda: print('torch:', 'torch' in sys.modules));"
+
+
+def test_the_classes_to_choose_from_are_those_that_can_be_converted():
+    assert tuple(cls.__name__ for cls in LAYERS) == options.TYPES
+    assert tuple(cls.__name__ for cls in DEFAULT_TYPES) == options.DEFAULT_TYPES
 
 
 def test_help_and_version_end_with_code_0(capsys):

@@ -43,6 +43,7 @@ def test_json_has_each_layer_the_steps_and_the_setting(nets, printed):
     assert found["joules_not_measured_because"] == "no counter in this test"
     assert (found["drop_rate"], found["iterations"], found["amp"]) == (0.5, 1, "off")
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert found["native"] == f"C functions {ssp.kernels.backends()['C functions']}"
 
 
 def test_csv_has_a_row_for_each_layer_and_part_of_a_step(nets, printed, read_csv):
@@ -65,6 +66,7 @@ def test_the_table_shows_layers_their_sum_the_steps_and_why_there_are_no_joules(
     out = printed("measure", f"{nets}:build", *SIZE)
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert lines["same"][1:5] == ["Conv2d", "2x10x6x6", "10x10x3x3", "2"]
+    assert f"\nnative: C functions {ssp.kernels.backends()['C functions']}\n" in out
     assert lines["same"][5] in ("gather", "direct")
     assert "layers alone:" in out and "of 2\n" in out
     assert {"forward", "backward", "step"} <= set(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import torch
+
 import ssprop_patch as ssp
 from ssprop_patch.cli.models import load_model
 
@@ -13,13 +15,26 @@ def test_report_shows_the_summary_and_each_layer_that_stays_dense_with_its_reaso
     out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5)
     model = load_model(f"{nets}:build")
     assert str(ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5)) in out
-    assert "5 layers: 3 to convert, 2 stay dense" in out
+    assert "6 layers: 3 to convert, 3 stay dense" in out
     assert "3 Conv2d: stock forward" in out
-    assert "and 1 nn.Linear, which stay dense: not among --types" in out
-    for row in ssp.plan(model).skipped:
-        assert re.search(rf"^{row.name} +{row.cls.__name__} +{re.escape(row.reason)}$", out, re.M)
+    plan = ssp.plan(model, inputs=torch.empty(2, 3, 8, 8))
+    assert [row.name for row in plan.others] == ["head"]
+    for row in (*plan.skipped, *plan.others):
+        line = rf"^{row.name} +{row.cls.__name__} +[\d.]+ % +{re.escape(row.reason)}$"
+        assert re.search(line, out, re.M)
+    assert plan.where_the_flops_are() in out and "--types" not in out
     parameters = sum(p.numel() for p in model.parameters())
     assert f"{parameters / 1e6:.2f} M parameters, input 2x3x8x8" in out
+
+
+def test_report_of_a_transformer_says_that_its_linear_layers_hold_the_flops(printed):
+    out = printed("report", "timm:vit_tiny_patch16_224", "--input-size", 1, 3, 224, 224)
+    assert "--types Conv2d Linear converts the layers that hold more of them" in out
+    assert re.search(r"^49 layers +Linear +8\d\.\d % +nn.Linear is not among types$", out, re.M)
+    assert re.search(r"^saved: 0\.\d+ % of the backward FLOPs of the whole network", out, re.M)
+    types = ("--types", "Conv2d", "Linear")
+    both = printed("report", "timm:vit_tiny_patch16_224", "--input-size", 1, 3, 224, 224, *types)
+    assert "--types" not in both and "50 to convert" in both
 
 
 def test_report_as_json_is_plan_and_summary(nets, printed):
@@ -29,8 +44,10 @@ def test_report_as_json_is_plan_and_summary(nets, printed):
     model, found = load_model(f"{nets}:build"), json.loads(out)
     expected = ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5).to_dict()
     assert found["summary"] == json.loads(json.dumps(expected))
-    assert [(r["name"], r["class"], r["action"], r["reason"]) for r in found["plan"]] == [
-        (r.name, r.cls.__name__, r.action, r.reason) for r in ssp.plan(model)
+    plan = ssp.plan(model, inputs=torch.empty(2, 3, 8, 8))
+    rows = [(r["name"], r["class"], r["action"], r["reason"], r["share"]) for r in found["plan"]]
+    assert rows == [
+        (r.name, r.cls.__name__, r.action, r.reason, r.share) for r in (*plan, *plan.others)
     ]
     assert (found["model"], found["input_size"]) == (f"{nets}:build", [[2, 3, 8, 8]])
 
@@ -41,8 +58,10 @@ def test_report_as_csv_adds_up_to_the_summary_and_names_every_layer(nets, printe
     summary = ssp.summary(model, input_size=(2, 3, 8, 8))
     for column in ("forward", "dense_backward", "sparse_backward"):
         assert sum(int(r[column] or 0) for r in rows) == getattr(summary, column)
+    assert rows.pop()["name"] == "(everything else)"
     actions = {r["name"]: (r["action"], r["reason"]) for r in rows}
-    assert actions == {r.name: (r.action, r.reason) for r in ssp.plan(model)}
+    plan = ssp.plan(model)
+    assert actions == {r.name: (r.action, r.reason) for r in (*plan, *plan.others)}
     by_name = {r["name"]: r for r in rows}
     assert by_name["same"]["calls"] == "2"
     assert by_name["stem"]["output_shape"] == "2x10x6x6"
@@ -123,4 +142,4 @@ def test_report_takes_several_inputs(nets, printed):
         "--drop-rate",
         0.5,
     )
-    assert "input 2x3x8x8 and 1x2x9" in out and "1x4x7" in out
+    assert "input 2x3x8x8 and 1x2x9" in out and out.count("1x2x9") == 2

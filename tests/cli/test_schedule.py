@@ -47,9 +47,16 @@ def test_schedule_as_json_and_csv_has_every_value(printed, read_csv):
     assert [int(row["t"]) for row in rows] == list(range(6))
 
 
+def test_a_preset_is_named_in_any_case(printed):
+    for word in ("paper", "PAPER", "presets.PAPER"):
+        last = printed("schedule", word, "--epochs", 2).splitlines()[-1]
+        assert last == "BarSchedule(0.8, period=2): average drop rate 0.4 over 2 epochs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["papr", "--epochs", "2"], "there are PAPER, STEADY; did you mean PAPER?"),
         (["BarShedule(0.8)", "--epochs", "2"], "did you mean BarSchedule"),
         (["__import__('os')", "--epochs", "2"], "is not a schedule"),
         (["BarSchedule(0.8)"], "--epochs"),

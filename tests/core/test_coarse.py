@@ -26,7 +26,7 @@ def test_any_layer(seed):
         expected = twin_gradients(layer.dy, layer.x, layer.w, layer.params, layer.block)
         message = str(layer).replace("{", "").__add__
         torch.testing.assert_close(made.of_x.spread(dx), expected[0], **close, msg=message)
-        torch.testing.assert_close(dw.expand_as(layer.w), expected[1], **close, msg=message)
+        torch.testing.assert_close(made.spread_taps(dw, layer.w), expected[1], **close, msg=message)
         with torch.no_grad():
             added = made.of_x.add_spread(torch.ones_like(layer.x), dx)
         torch.testing.assert_close(added, 1 + expected[0], **close, msg=message)
@@ -45,18 +45,27 @@ def test_the_layers_tried_are_of_every_kind():
     assert any(layer.dy.shape[-1] % layer.block for layer in found)
 
 
-def test_of_a_smooth_gradient_and_input_it_is_the_convolutions_own():
-    """Where both are constant far from the edges nothing is lost by averaging."""
-    x, w = torch.ones(1, 3, 24, 24, dtype=torch.float64), torch.rand(5, 3, 3, 3).double()
-    p = ConvParams((1, 1), (1, 1), (1, 1), 1)
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding",
+    [(24, 3, 1, 1), (8, 3, 2, 1), (4, 3, 1, 1), (7, 5, 1, 2), (2, 5, 1, 2), (1, 3, 1, 1)],
+)
+def test_of_a_constant_gradient_and_input_the_sums_are_the_convolutions_own(
+    size, kernel, stride, padding
+):
+    """Also where much of the kernel lies in the padding: there a plain sum of taps is too large."""
+    x = torch.ones(1, 3, size, size, dtype=torch.float64, requires_grad=True)
+    w = torch.rand(5, 3, kernel, kernel).double().requires_grad_()
+    p = ConvParams((stride,) * 2, (padding,) * 2, (1, 1), 1)
     y = convolve(x, w, p)
-    inner = (..., slice(8, 16), slice(8, 16))
-    torch.testing.assert_close(twin(x, w, p, (24, 24), 4)[inner], y[inner], **close)
+    torch.testing.assert_close(twin(x, w, p, y.shape[2:], 4).sum((2, 3)), y.sum((2, 3)), **close)
     dy = torch.ones_like(y)
-    made = CoarseTwin.of(dy, x, w, p, 4)
-    dx, _ = made.backward(made.pool_output(dy), x, w, True, False)
-    expected = w.sum((0, 2, 3)).view(3, 1, 1).expand(3, 8, 8)
-    torch.testing.assert_close(made.of_x.spread(dx)[inner][0], expected, **close)
+    expected_dx, expected_dw = torch.autograd.grad(y, (x, w), dy)
+    with torch.no_grad():
+        made = CoarseTwin.of(dy, x, w, p, 4)
+        dx, dw = made.backward(made.pool_output(dy), x, w, True, True)
+        dx = made.of_x.spread(dx)
+        torch.testing.assert_close(dx.sum((2, 3)), expected_dx.sum((2, 3)), **close)
+        torch.testing.assert_close(made.spread_taps(dw, w), expected_dw, **close)
 
 
 def test_pooling_is_linear_and_takes_any_number_of_channels():

@@ -93,10 +93,29 @@ def _cells(fine, large, kernel, stride, padding, dilation, block):
         yield list(range(first, min(first + block, fine))), tile
 
 
+def _seen(w, p, fine, large):
+    """Of each tap of the kernel, the share of positions for which it lies inside of the map."""
+    shares = torch.zeros(w.shape[2:], dtype=w.dtype)
+    positions = list(itertools.product(*map(range, fine)))
+    for tap in itertools.product(*map(range, w.shape[2:])):
+        inside = 0
+        for position in positions:
+            read = (
+                at * s - pad + t * d
+                for at, t, s, pad, d in zip(
+                    position, tap, p.stride, p.padding, p.dilation, strict=True
+                )
+            )
+            inside += all(0 <= at < n for at, n in zip(read, large, strict=True))
+        shares[tap] = inside / len(positions)
+    return shares
+
+
 def twin(x, w, p, y_size, block):
     """The output of the twin: of each tile the mean, by the summed kernel, all over the block."""
     fine, large = (x.shape[2:], y_size) if p.transposed else (y_size, x.shape[2:])
-    sums = w.sum(list(range(2, w.dim()))).unflatten(0, (p.groups, -1))
+    seen = w * _seen(w, p, fine, large)
+    sums = seen.sum(list(range(2, w.dim()))).unflatten(0, (p.groups, -1))
     product = "ngi,gio->ngo" if p.transposed else "ngi,goi->ngo"
     channels = w.shape[1] * p.groups if p.transposed else w.shape[0]
     geometry = zip(fine, large, w.shape[2:], p.stride, p.padding, p.dilation, strict=True)

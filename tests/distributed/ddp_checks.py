@@ -150,10 +150,15 @@ def compiled_around_ddp_inside_it_and_converted_last():
     want = by_hand.train_by_hand(by_hand.make_small(), by_hand.RATES)
     # So small that DDP's buckets split the graph, as they do in networks of the usual size.
     with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):
-        for build in (compiled_ddp, ddp_of_a_compiled_network, converted_when_all_is_done):
+        # The third step is dense, another graph to compile: once is enough.
+        for build, steps in (
+            (compiled_ddp, len(want)),
+            (ddp_of_a_compiled_network, 2),
+            (converted_when_all_is_done, 2),
+        ):
             torch._dynamo.reset()
             net, model = build()
-            by_hand.assert_same(by_hand.train(model, net, steps=len(want)), want)
+            by_hand.assert_same(by_hand.train(model, net, steps=steps), want[:steps])
             assert ssp.get_controller(model) is ssp.get_controller(net)
     torch._dynamo.reset()
 
@@ -247,9 +252,9 @@ def run(ddp, net, optimizer, steps):
 @check
 def a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted():
     folder = Path(os.environ["OUTCOMES"])
-    cases = [(False, "l1"), (True, "l1"), (True, "random")]
     # In the middle of a sparse epoch (step 2 and 3), and where it ends.
-    for number, (case, stop) in enumerate((c, s) for c in cases for s in (3, 4)):
+    cases = [((False, "l1"), 4), ((True, "l1"), 3), ((True, "random"), 3)]
+    for number, (case, stop) in enumerate(cases):
         net, ddp, optimizer = bar_training(*case)
         controller = ssp.get_controller(ddp)
         run(ddp, net, optimizer, range(stop))

@@ -149,7 +149,7 @@ def of_transformers() -> dict[str, Any]:
     )
     image = {"pixel_values": torch.randn(3, 16, 16), "labels": torch.tensor(1)}
     model = transformers.ResNetForImageClassification(config)
-    return {"model": model, "args": args, "data": [image] * 4}
+    return {"trainer": transformers.Trainer(model, args, train_dataset=[image] * 4)}
 
 
 def of_accelerate() -> dict[str, Any]:
@@ -158,16 +158,11 @@ def of_accelerate() -> dict[str, Any]:
     return {"accelerator": Accelerator(cpu=True)}
 
 
-def of_deepspeed() -> dict[str, Any]:
-    return {"engine": SimpleNamespace(module=ssp.convert(Network())), "epoch": 1}
-
-
 #: What a block that mentions this needs besides; a trainer's block has a model of its own.
 SPECIAL = {
     "integrations.lightning": ("lightning", of_lightning),
     "integrations.transformers": ("transformers", of_transformers),
     "accelerator.": ("accelerate", of_accelerate),
-    "engine.": (None, of_deepspeed),
 }
 
 
@@ -283,6 +278,40 @@ def test_the_readme_fits():
     assert len(lines) <= 180
     assert 'pip install -e ".[test]" && pytest' in lines
     assert 'pip install -e ".[bench]" && python benchmarks/train_classifier.py' in lines
+
+
+@quick
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_step_times_are_those_of_the_committed_rows(page):
+    with (ROOT / "benchmarks/results/bench_step_rules.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shares = {
+        (r["device"], r["name"], r["side"], r["mode"]): float(r["share_of_dense"])
+        for r in rows
+        if r["share_of_dense"]
+    }
+    times = re.compile(r"\d\.\d\d / \d\.\d\d")
+    devices = {"AVX2": "AMD EPYC (AVX2)", "AVX-512": "AMD EPYC (AVX512)"}
+    head, found = [], 0
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if line.startswith("|") and not head:
+            head = cells
+        elif not line.startswith("|"):
+            head = []
+        if not any(name in devices for name in head):
+            continue
+        network = cells[0].partition(",")[0]
+        for column, cell in zip(head[1:], cells[1:], strict=True):
+            if not times.fullmatch(cell):
+                continue
+            # A column for each machine, or a table of one for each machine.
+            machine = devices[column if column in devices else head[0]]
+            side = "l1" if column in devices else column.replace(" ", "")
+            expected = [shares[machine, network, side, mode] for mode in ("backward", "step")]
+            assert cell == " / ".join(f"{share:.2f}" for share in expected), line
+            found += 1
+    assert found >= 10
 
 
 @quick

@@ -11,6 +11,7 @@ from ssprop_patch import functional
 from ssprop_patch.core.rule import BackwardRule
 from ssprop_patch.core.selection import l1_scores
 from ssprop_patch.flops.count import ConvFlops, conv_flops
+from ssprop_patch.flops.torch_counter import tell_torch
 from ssprop_patch.ops import custom_ops
 from ssprop_patch.schedule import settings
 
@@ -120,6 +121,7 @@ def test_torchs_counter_knows_the_opaque_operator():
     )
     dy, x, w = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
     geometry = ([1, 1], [1, 1], [1, 1], 1, False, [0, 0], *tensors)
+    tell_torch()
     for mask in ([True, True, True], [False, True, False]):
         with FlopCounterMode(display=False) as counter:
             custom_ops.conv_backward(dy, x, w, *geometry, mask)

@@ -1,6 +1,7 @@
 """What is imported when, and what is said where a framework is missing."""
 
 import importlib
+import inspect
 import subprocess
 import sys
 
@@ -10,8 +11,19 @@ import pytorch_lightning as pl
 import torch
 
 import ssprop_patch as ssp
+from ssprop_patch.integrations._adapter import Adapter
 
-FRAMEWORKS = ["lightning", "pytorch_lightning", "transformers", "accelerate"]
+FRAMEWORKS = ["lightning", "pytorch_lightning", "transformers", "accelerate", "fastai", "ignite"]
+
+
+def test_callbacks_take_all_arguments_of_convert():
+    """With the same types and defaults, so that a type checker and LightningCLI see them."""
+    signatures = [inspect.signature(f).parameters for f in (ssp.convert, Adapter.__init__)]
+    convert, adapter = ({n: (p.default, p.annotation) for n, p in s.items()} for s in signatures)
+    own = {"self", "model", "schedule", "revert_at_end", "log", "meter"}
+    assert {n: p for n, p in adapter.items() if n not in own} == {
+        n: p for n, p in convert.items() if n not in own
+    }
 
 
 def import_anew(monkeypatch, module, hidden):
@@ -34,17 +46,25 @@ print([name for name in {FRAMEWORKS} if name in sys.modules])
 
 
 @pytest.mark.parametrize(
-    ("module", "hidden"),
+    ("module", "hidden", "command"),
     [
-        ("lightning", ["lightning", "lightning.pytorch", "pytorch_lightning"]),
-        ("transformers", ["transformers"]),
+        (
+            "lightning",
+            ["lightning", "lightning.pytorch", "pytorch_lightning"],
+            'pip install "ssprop_patch[lightning]"',
+        ),
+        ("transformers", ["transformers"], 'pip install "ssprop_patch[transformers]"'),
+        ("fastai", ["fastai", "fastai.callback.core"], "pip install fastai"),
+        ("ignite", ["ignite", "ignite.engine"], "pip install pytorch-ignite"),
     ],
 )
-def test_a_missing_framework_is_an_error_that_says_what_to_install(module, hidden, monkeypatch):
+def test_a_missing_framework_is_an_error_that_says_what_to_install(
+    module, hidden, command, monkeypatch
+):
     with pytest.raises(ImportError) as caught:
         import_anew(monkeypatch, module, hidden)
     assert f"ssprop_patch.integrations.{module} needs" in str(caught.value)
-    assert 'pip install "ssprop_patch[integrations]"' in str(caught.value)
+    assert command in str(caught.value)
 
 
 def test_what_a_framework_itself_misses_is_not_hidden(monkeypatch):

@@ -147,6 +147,19 @@ def test_arguments_of_the_conversion():
     assert rows == {"stem": 2, "depthwise": 8, "last": 9}
 
 
+def test_a_schedule_may_be_a_text():
+    model = Module()
+    seen = by_hand.watch(model.net)
+    trainer(SsPropCallback("BarSchedule(0.6)"), epochs=2).fit(model, loader())
+    assert seen == by_hand.rates(BAR, 2, 5)
+
+
+def test_a_drop_rate_in_place_of_a_schedule():
+    model = Module()
+    trainer(SsPropCallback(drop_rate=0.6), epochs=1).fit(model, loader())
+    assert ssp.get_controller(model).schedule == ssp.ConstantSchedule(0.6)
+
+
 def test_a_controller_that_is_given():
     controller, model = ssp.SparsityController(by_step()), Module()
     trainer(SsPropCallback(controller=controller), epochs=1).fit(model, loader())
@@ -304,6 +317,8 @@ def test_a_module_that_is_not_converted_and_no_schedule():
     [
         ({"exlude": "stem"}, TypeError, "exlude"),
         ({"schedule": 80}, ValueError, "0.8"),
+        ({"schedule": "BarSchedul(0.8)"}, ValueError, "did you mean BarSchedule"),
+        ({"schedule": 0.5, "drop_rate": 0.5}, ValueError, "not both"),
         ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch"),
         ({"schedule": 0.5, "controller": ssp.SparsityController(0.5)}, ValueError, "controller"),
     ],

@@ -1,7 +1,10 @@
 """Hugging Face Trainer: whole trainings against the same by hand, logging, wrong uses."""
 
+import warnings
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     ResNetForImageClassification,
     Trainer,
@@ -174,6 +177,32 @@ def test_history_and_reporters_show_the_rate_of_every_step(schedule, tmp_path):
     ]
     assert history == list(zip(range(1, 11), rates, strict=True))
     assert reporter.logged == [*history, (10, None)]  # the last is of the training's time
+
+
+def test_tensorboard_of_report_to_shows_the_rate_of_every_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run = trainer(make(), tmp_path, epochs=2, report_to="tensorboard")
+    callback = SsPropCallback(BAR)
+    assert callback.add_to(run) is callback and callback.add_to(run) is callback  # not twice
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*will not show")
+        run.train()
+    (file,) = (tmp_path / "events").rglob("*tfevents*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    shown = [(s.step, s.value) for s in events.Scalars("train/ssprop/drop_rate")]
+    assert shown == [(i + 1, pytest.approx(r)) for i, r in enumerate(by_hand.rates(BAR, 2, 5))]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_reporter_that_comes_first_is_named(log, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, SsPropCallback(BAR, log=log), epochs=1, report_to="tensorboard")
+    told = [str(w.message) for w in caught if "will not show ssprop/drop_rate" in str(w.message)]
+    assert len(told) == log and all("tensorboard" in t and ".add_to(trainer)" in t for t in told)
 
 
 def test_no_log_where_none_is_wanted(tmp_path):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssprop_patch as ssp
+from ssprop_patch.flops.totals import Flops
 
 RATES = (0.0, 0.75, 0.5, 0.0, 0.3)
 
@@ -71,18 +72,32 @@ def quiet_meter(model, **kwargs):
 
 def by_summary(model, x, rates):
     """Forward, dense backward, and backward FLOPs of one step at each of ``rates``."""
+    return _triple(ssp.summary(model, inputs=x, drop_rate=rate).totals for rate in rates)
+
+
+def layers_by_summary(model, x, rates):
+    """The same of the layers alone."""
     found = [ssp.summary(model, inputs=x, drop_rate=rate) for rate in rates]
-    return (
-        sum(s.forward for s in found),
-        sum(s.dense_backward for s in found),
-        sum(s.sparse_backward for s in found),
+    return _triple(
+        Flops(row.forward, row.dense_backward, row.sparse_backward)
+        for s in found
+        for row in s.layers
     )
 
 
+def _triple(flops):
+    total = sum(flops, Flops())
+    return total.forward, total.dense_backward, total.backward
+
+
 def counted(meter):
-    """The same three of a meter."""
-    totals = meter.totals
-    return totals.forward_flops, totals.dense_backward_flops, totals.backward_flops
+    """The same three of a meter, of the whole network."""
+    return _triple([meter.network])
+
+
+def layers_counted(meter):
+    """Of its layers alone."""
+    return _triple([meter.totals.flops])
 
 
 def by_torch(run):

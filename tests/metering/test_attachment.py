@@ -126,14 +126,28 @@ def test_after_close_nothing_counts_and_the_report_stays():
         assert (other.steps, other.report().layers[0].totals.backwards) == (1, 1)
 
 
-def test_a_model_that_is_metered_already_is_refused_and_goes_on():
-    model = ssp.convert(by_hand.net(), 0.5)
-    with quiet_meter(model) as meter:
-        for part in (model, model[0]):
-            with pytest.raises(ValueError, match="metered already"):
-                ssp.Meter(part, energy=False)
-        train(model, 1)
-        assert meter.report().layers[0].totals.backwards == 1
+@pytest.mark.parametrize("second", ["the model", "a part", "a wrapper"])
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_second_meter_takes_over(second, converted):
+    """As where the cell of a notebook runs twice."""
+    model = ssp.convert(by_hand.net(), 0.5) if converted else by_hand.net()
+    before = snapshot(model)
+    first = ssp.Meter(model, energy=False)
+    optimizer = train(model, 1)
+    with pytest.raises(TypeError):  # nothing has changed then
+        ssp.Meter(model, energy="yes")
+    train(model, 1, optimizer)
+    assert (first.steps, first.totals.backwards) == (2, 6)
+    named = {"the model": model, "a part": model[:3], "a wrapper": nn.ModuleDict({"module": model})}
+    with pytest.warns(UserWarning, match="metered already: that Meter is closed"):
+        meter = ssp.Meter(named[second], energy=False)
+    train(model, 3, optimizer)
+    assert (first.steps, first.totals.backwards) == (2, 6)
+    layers = 2 if second == "a part" else 3
+    assert (meter.steps, meter.totals.backwards) == (3, 3 * layers)
+    meter.close()
+    model.zero_grad(set_to_none=True)
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(

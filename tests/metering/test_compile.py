@@ -6,7 +6,7 @@ from torch import nn
 
 import ssprop_patch as ssp
 from metering import by_hand
-from metering.by_hand import RATES, by_step, counted, gradients, quiet_meter, train
+from metering.by_hand import RATES, by_step, gradients, layers_counted, quiet_meter, train
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,9 @@ def compiled(model, backend="aot_eager"):
 @pytest.mark.parametrize("when", ["from the compiled model", "before compiling", "in place"])
 def test_one_graph_and_the_flops_of_what_ran(when):
     model = by_hand.net()
-    expected = by_hand.by_summary(model, by_hand.batch(0), RATES)
+    expected = by_hand.layers_by_summary(model, by_hand.batch(0), RATES)
     ssp.convert(model, by_step(), exclude="^4$")
-    expected = by_hand.by_summary(by_hand.net(), by_hand.batch(0), RATES)
+    expected = by_hand.layers_by_summary(by_hand.net(), by_hand.batch(0), RATES)
     left_out = [
         ssp.summary(by_hand.net(), inputs=by_hand.batch(0), drop_rate=rate).layers[2]
         for rate in RATES
@@ -44,9 +44,13 @@ def test_one_graph_and_the_flops_of_what_ran(when):
             call = model
         meter.log_to(lambda scalars, step: rates.append(scalars["ssprop/drop_rate"]))
         train(model, len(RATES), call=call)
-        assert counted(meter) == (expected[0], expected[1], expected[2] + more)
+        assert layers_counted(meter) == (expected[0], expected[1], expected[2] + more)
         assert (meter.steps, rates) == (len(RATES), list(RATES))
         seconds = meter.report().seconds
+        report = meter.report()
+        assert report.others is meter.network is report.total_saved is None
+        assert "compile" in report.unknown and "not known of the whole network" in str(report)
+        assert meter.report().to_dict()["backward_saved"] is None
     if when == "from the compiled model":
         assert seconds.keys() == {"forward", "backward", "optimizer"}
     else:  # hooks inside a graph see nothing run

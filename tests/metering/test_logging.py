@@ -9,7 +9,13 @@ import ssprop_patch as ssp
 from metering import by_hand
 from metering.by_hand import RATES, by_step, quiet_meter, train
 
-TOTALS = ["ssprop/drop_rate", "ssprop/backward_saved", "ssprop/total_saved", "ssprop/flops"]
+TOTALS = [
+    "ssprop/drop_rate",
+    "ssprop/backward_saved",
+    "ssprop/total_saved",
+    "ssprop/flops",
+    "ssprop/layers_saved",
+]
 KEPT = ["ssprop/kept/0", "ssprop/kept/2", "ssprop/kept/4"]
 
 
@@ -80,9 +86,13 @@ def test_the_rate_is_that_of_the_converted_layers_even_if_the_first_one_is_left_
 
 def test_shares_are_those_of_the_run_so_far():
     rows = logged(3)
-    parts = [by_hand.by_summary(by_hand.net(), by_hand.batch(0), [rate]) for rate in RATES]
+    net, x = by_hand.net(), by_hand.batch(0)
+    parts = [by_hand.by_summary(net, x, [rate]) for rate in RATES]
+    layers = [by_hand.layers_by_summary(net, x, [rate]) for rate in RATES]
     for step, row in rows.items():
         forward, dense, sparse = map(sum, zip(*parts[:step], strict=True))
+        _, alone, left = map(sum, zip(*layers[:step], strict=True))
+        assert row["ssprop/layers_saved"] == pytest.approx((alone - left) / alone, rel=1e-12)
         assert row["ssprop/backward_saved"] == pytest.approx((dense - sparse) / dense, rel=1e-12)
         assert row["ssprop/total_saved"] == pytest.approx((dense - sparse) / (forward + dense))
         assert row["ssprop/flops"] == forward + sparse
@@ -137,28 +147,56 @@ def test_a_csv_file_has_one_header_and_a_row_a_step_at_once(tmp_path):
     assert [float(row["ssprop/drop_rate"]) for row in rows_of(path)] == list(RATES[:3])
 
 
-def test_a_csv_file_is_added_to_and_an_unfinished_row_is_cut_off(tmp_path):
+def write_log(path, steps, state=None, **kwargs):
+    """Log a new run of a model, or one resumed from a state; return the run's state."""
+    model = ssp.convert(by_hand.net(), 0.5)
+    with quiet_meter(model) as meter:
+        meter.log_to(path, layers=False, **kwargs)
+        if state is not None:
+            meter.load_state_dict(state)
+        train(model, steps)
+        return meter.state_dict()
+
+
+def test_a_new_run_takes_the_place_of_an_old_one_and_a_resumed_one_adds_to_it(tmp_path):
     path = tmp_path / "run.csv"
-    for steps in (2, 1):
-        model = ssp.convert(by_hand.net(), 0.5)
-        with quiet_meter(model) as meter:
-            meter.log_to(str(path), layers=False)
-            train(model, steps)
-        with path.open("a") as file:
-            file.write("7,0.")  # and the process is killed
-    assert [row["step"] for row in rows_of(path)][:3] == ["1", "2", "1"]
+    write_log(path, 3)
+    write_log(path, 0)  # comes to no step, and leaves what there is
+    assert len(rows_of(path)) == 3
+    state = write_log(str(path), 2)
+    assert [row["step"] for row in rows_of(path)] == ["1", "2"]
+    with path.open("a") as file:
+        file.write("7,0.")  # and the process is killed
+    write_log(path, 1, state)
+    assert [row["step"] for row in rows_of(path)] == ["1", "2", "3"]
+    write_log(path, 1, append=True)
+    assert [row["step"] for row in rows_of(path)] == ["1", "2", "3", "1"]
+    write_log(path, 1, state, append=False)
+    assert [row["step"] for row in rows_of(path)] == ["3"]
     assert path.read_text().count("step") == 1
 
 
-@pytest.mark.parametrize("held", ["a,b\n1,2\n", "half a head", "step,ssprop/drop_rate\n"])
-def test_a_file_of_other_columns_is_left_alone(tmp_path, held):
+@pytest.mark.parametrize("held", ["a,b\n1,2\n", "half a head", "step,loss\n1,2\n"])
+@pytest.mark.parametrize("append", [None, False, True])
+def test_a_file_that_is_no_log_is_left_alone(tmp_path, held, append):
     path = tmp_path / "run.csv"
     path.write_text(held)
     with quiet_meter(ssp.convert(by_hand.net(), 0.5)) as meter:
-        with pytest.raises(ValueError, match="other columns"):
-            meter.log_to(path)
+        with pytest.raises(ValueError, match="no log of a Meter"):
+            meter.log_to(path, append=append)
         train(meter._model, 1)
     assert path.read_text() == held
+
+
+def test_a_log_of_other_columns_is_not_added_to(tmp_path):
+    path = tmp_path / "run.csv"
+    write_log(path, 2)
+    with quiet_meter(ssp.convert(by_hand.net(), 0.5)) as meter:
+        with pytest.raises(ValueError, match="other columns and cannot be added to"):
+            meter.log_to(path, append=True)
+        meter.log_to(path)
+        train(meter._model, 1)
+    assert list(rows_of(path)[0]) == ["step", *TOTALS, *KEPT]
 
 
 def test_what_a_target_raises_comes_out_of_the_optimizers_step():

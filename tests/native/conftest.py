@@ -4,12 +4,13 @@ import native_checks
 import pytest
 
 from ssprop_patch.ops import native
+from ssprop_patch.ops.native import conv
 
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
     """Set the number of threads for tensors of any size."""
-    for module in (native.channel_ops, native.batch_norm, native.rows, native.conv):
+    for module in (native.channel_ops, native.batch_norm, native.rows, conv):
         monkeypatch.setattr(module, "threads_for", lambda *args: request.param)
 
 

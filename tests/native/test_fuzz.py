@@ -32,9 +32,20 @@ def test_random_cases(first):
 # --- with sanitizers --------------------------------------------------------------------------
 
 
+READS_BEHIND_THE_END = """
+import torch
+print("loaded", flush=True)
+from ssprop_patch.ops.native.build import library
+scores, work, index = torch.zeros(8), torch.zeros(80), torch.zeros(80, dtype=torch.int64)
+library = library("float")
+print("called", flush=True)
+library.topk_indices(scores.data_ptr(), 1, 80, 1, work.data_ptr(), index.data_ptr())
+"""
+
+
 @pytest.fixture(scope="module")
 def sanitized():
-    """The environment of a process whose C functions are compiled with sanitizers."""
+    """The environment of a process whose C functions are compiled with sanitizers, and a run."""
     compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("there is no C compiler")
@@ -58,10 +69,10 @@ def sanitized():
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
     }
-    done = _run(environment, "-c", "import torch")
-    if done.returncode:
+    done = _run(environment, "-c", READS_BEHIND_THE_END)
+    if "loaded" not in done.stdout:
         pytest.skip(f"torch does not load with AddressSanitizer: {done.stderr[-500:]}")
-    return environment
+    return environment, done
 
 
 def _run(environment, *arguments):
@@ -72,20 +83,14 @@ def _run(environment, *arguments):
 
 @pytest.mark.parametrize("cases", [80, pytest.param(400, marks=pytest.mark.slow)])
 def test_random_cases_with_sanitizers(sanitized, cases):
-    done = _run(sanitized, fuzz.__file__, "0", str(cases))
+    environment, _ = sanitized
+    done = _run(environment, fuzz.__file__, "0", str(cases))
     assert done.returncode == 0, done.stderr[-5000:]
     assert "could not compile" not in done.stderr, done.stderr
     assert "convolution in C" in done.stdout and f"{cases} cases" in done.stdout
 
 
 def test_the_sanitizers_see_a_read_behind_the_end(sanitized):
-    code = """
-import torch
-from ssprop_patch.ops.native.build import library
-scores, work, index = torch.zeros(8), torch.zeros(80), torch.zeros(80, dtype=torch.int64)
-print("called", flush=True)
-library("float").topk_indices(scores.data_ptr(), 1, 80, 1, work.data_ptr(), index.data_ptr())
-"""
-    done = _run(sanitized, "-c", code)
+    _, done = sanitized
     assert "called" in done.stdout and done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

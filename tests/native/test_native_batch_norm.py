@@ -6,6 +6,7 @@ import pytest
 import torch
 from native_checks import SHAPES, assert_close, each_case, lying, needs_compiler, random
 
+from ssprop_patch.core.coarse import Cells
 from ssprop_patch.ops import native
 
 
@@ -129,3 +130,35 @@ def test_the_same_bits_every_time():
     first = native.norm_sums(*arguments)
     for _ in range(5):
         assert all(map(torch.equal, first, native.norm_sums(*arguments)))
+
+
+CELL_SHAPES = [
+    (3, 5, 7, 3),
+    (2, 16, 4, 4),
+    (2, 6, 2500),
+    (3, 8, 1, 1),
+    (1, 40, 1, 2),
+    (2, 3, 9, 13),
+]
+
+
+@each_case(CELL_SHAPES)
+@pytest.mark.parametrize("block", [4, 3])
+@pytest.mark.parametrize("relu, order", [(True, 1), (False, 2)])
+def test_norm_sums_and_cells(shape, last, dtype, block, relu, order, threads):
+    norm = Norm(shape, dtype, last, relu=relu)
+    cells = Cells.blocks(shape[2:], block)
+    vectors = norm.weight, norm.mean, norm.invstd, order, norm.relu_out
+    sums, of_cells = native.norm_sums_and_cells(norm.dz, norm.x, *vectors, cells)
+    for got, plain in zip(sums, native.norm_sums(norm.dz, norm.x, *vectors), strict=True):
+        assert_close(got, plain.double(), dtype)
+    assert_close(of_cells, cells.sums(norm.dy), dtype)
+
+
+@needs_compiler
+def test_cells_of_other_maps_are_an_error():
+    norm = Norm((2, 6, 4, 3), torch.float32, False)
+    arguments = norm.dz, norm.x, norm.weight, norm.mean, norm.invstd, 1, None
+    for cells in (Cells.blocks((4, 4), 2), Cells((4, 3), (-1, 0), (2, 2), (2, 2))):
+        with pytest.raises(ValueError, match="cells"):
+            native.norm_sums_and_cells(*arguments, cells)

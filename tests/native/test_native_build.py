@@ -170,6 +170,7 @@ def type_of(parameter):
 
 def test_python_calls_what_the_header_declares():
     declared = {name: tuple(map(type_of, parameters)) for name, parameters in prototypes()}
+    declared.pop("cells_of_rows")  # only C calls it
     assert declared == {**build._PASSES, **build._CONV} and len(declared) == 15
 
 

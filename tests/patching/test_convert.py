@@ -134,10 +134,12 @@ def test_the_root_may_be_a_convolution():
     assert rows(backward(model)["weight"]) == 8
 
 
-def test_whole_network_drops_in_every_layer():
+@pytest.mark.parametrize("how", [{"schedule": 0.75}, {"drop_rate": 0.75}])
+def test_whole_network_drops_in_every_layer(how):
     model = make()
-    ssp.convert(model, 0.75)
+    ssp.convert(model, **how)
     assert all_rows(backward(model)) == dict.fromkeys(NAMES, 2)
+    assert ssp.get_controller(model).schedule == ssp.ConstantSchedule(0.75)
 
 
 def test_one_output_channel_stays_dense():

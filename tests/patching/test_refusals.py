@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -88,7 +89,33 @@ BAD = {
         ValueError,
         "controller",
     ),
+    "schedule and rate": (dict(schedule=0.5, drop_rate=0.5), ValueError, "not both"),
+    "preset and rate": (dict(schedule=ssp.presets.PAPER, drop_rate=0.5), ValueError, "not both"),
+    "controller and rate": (
+        dict(controller=ssp.SparsityController(0.5), drop_rate=0.5),
+        ValueError,
+        "drop_rate.*belong to the controller",
+    ),
+    "schedule as rate": (dict(drop_rate=ssp.BarSchedule(0.8)), TypeError, "as schedule="),
+    "percentage as rate": (dict(drop_rate=80), ValueError, "80 % would be 0.8"),
     "filter": (dict(filter_fn=bad_filter), RuntimeError, "filter broke"),
+    "filter by name": (
+        dict(filter_fn=lambda name, layer: True),
+        TypeError,
+        r"filter_fn\(name, layer\) takes the name first",
+    ),
+    "filter's order": (
+        dict(filter_fn=lambda a, b: "conv1" not in a),
+        TypeError,
+        r"takes the name first; it is called as filter_fn\(module, name\)",
+    ),
+    "filter's own error": (
+        dict(filter_fn=lambda module, name: module.nothing),
+        AttributeError,
+        "^'Conv2d' object has no attribute 'nothing'$",
+    ),
+    "filter of one": (dict(filter_fn=lambda m: True), TypeError, "too many positional.*layer firs"),
+    "filter no function": (dict(filter_fn=["stem"]), TypeError, "must be a function"),
 }
 
 
@@ -116,8 +143,29 @@ def test_a_pattern_that_matches_nothing_names_the_nearest():
         ssp.convert(make(), exclude="layer2.conv_1")
     assert "'layer2.conv_1'" in str(caught.value) and "'layer2.conv1'" in str(caught.value)
     assert "'stem'" not in str(caught.value)
-    with pytest.raises(ValueError, match="no layer to convert"):
+    with pytest.raises(ValueError, match="no layer to convert; there is no such layer"):
         ssp.convert(nn.Linear(2, 2), exclude="x")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("layr1", "; the nearest name is 'layer1'"),
+        ("layer1.0.conv3", "; the nearest names are 'layer1.0.conv1', 'layer1.0.conv2'"),
+        ("conv_1", "; the nearest name is 'conv1'"),
+        ("layer", "; the nearest names are 'layer1', 'layer2', 'layer3'"),
+        ("downsampel", "; the nearest name is 'downsample.0'"),
+        ("fc", ", only 'fc' (Linear), which stays dense anyway: types= names the classes"),
+        ("encoder", "; no name is near it, there are 'conv1', 'layer1.0.conv1', 'layer1.0.con"),
+    ],
+)
+def test_a_mistyped_pattern_is_answered_with_what_differs_least(pattern, hint):
+    """Blocks and ends of names are among it, as a pattern may be one."""
+    model = timm.create_model("resnet18")
+    with pytest.raises(ValueError) as caught:
+        ssp.convert(model, exclude=pattern)
+    start = f"the pattern {pattern!r} matches no layer to convert"
+    assert str(caught.value).startswith(start + hint)
 
 
 def test_lazy_convolutions_are_refused():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ssprop_patch as ssp
+from ssprop_patch.ops import native
 from ssprop_patch.schedule import call_counts as calls
 
 
@@ -136,7 +137,8 @@ def test_the_plan_prints_what_ran_once_something_has():
     assert "1 sparse" in first and " never " in second and "sparse" not in third
 
 
-def test_status():
+def test_status(monkeypatch):
+    monkeypatch.setattr(native, "why_unavailable", lambda: "no C compiler")
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 1, 3))
     ssp.convert(model, ssp.BarSchedule(0.8), steps_per_epoch=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -146,12 +148,32 @@ def test_status():
     ssp.get_controller(model).step(3)
     found = ssp.status(nn.ModuleDict({"module": model}))
     assert str(found) == (
-        "2 of 3 layers converted, 2 have run sparse; drop rate 0.8, epoch 3; "
+        "2 of 3 convolutions sparse, drop rate 0.8, epoch 3, C functions off: no C compiler; "
         "calls: 2 sparse, 2 dense (rate 0: 2)"
     )
-    assert (found.converted, found.t, found.findings) == (2, 3, ())
+    assert (found.converted, found.t, found.findings, found.saved) == (2, 3, (), None)
+    monkeypatch.setattr(native, "why_unavailable", lambda: None)
+    with ssp.dense(model), ssp.Meter(model, energy=False) as meter:
+        assert str(ssp.status(model)).startswith(
+            "2 of 3 convolutions converted, 2 have run sparse, drop rate 0, epoch 3, 0.0 % of the "
+            "training's FLOPs saved so far, C functions on; calls: "
+        )
+        with ssp.sparsity(model, 0.5):
+            model(torch.randn(2, 3, 8, 8)).sum().backward()
+        saved = meter.report().total_saved
+        assert 0 < ssp.status(model[:2]).saved == saved
+        assert f"{100 * saved:.1f} % of the training's FLOPs saved" in str(ssp.status(model))
     with pytest.raises(ValueError, match="not converted"):
         ssp.status(nn.Conv2d(3, 8, 3))
+
+
+def test_the_status_says_why_other_kernels_are_at_work(monkeypatch):
+    model = ssp.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(3, 3)), 0.5, types=TYPES)
+    assert "2 of 2 layers converted, 0 have run sparse" in str(ssp.status(model))
+    said = "C functions off: they take float32 and float64, the weights are bfloat16"
+    assert ssp.status(model.bfloat16()).backend == said
+    said = "C functions off: they are for CPUs, the model is on meta"
+    assert ssp.status(model.to("meta")).backend == said
 
 
 def test_the_status_repeats_what_was_found():

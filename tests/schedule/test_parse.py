@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssprop_patch as ssp
-from ssprop_patch.schedule.parse import SCHEDULES, parse_schedule
+from ssprop_patch.schedule.parse import PRESETS, SCHEDULES, parse_schedule
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,16 @@ def test_every_repr_is_read(schedule):
 def test_every_schedule_but_the_one_with_a_function_has_a_text():
     public = {name for name in ssp.__all__ if name.endswith("Schedule")}
     assert set(SCHEDULES) == public - {"Schedule", "LambdaSchedule"}
+
+
+def test_every_preset_that_is_a_schedule_has_its_name():
+    named = {name: getattr(ssp.presets, name) for name in ssp.presets.__all__}
+    assert {n: s for n, s in named.items() if isinstance(s, ssp.Schedule)} == PRESETS
+    for name, schedule in PRESETS.items():
+        for text in (name, name.lower(), f"ssp.presets.{name}"):
+            assert parse_schedule(text) == schedule
+    nested = parse_schedule("SequentialSchedule([ConstantSchedule(0.0), paper], [5])")
+    assert nested.schedules[1] == ssp.presets.PAPER
 
 
 def test_numbers_and_the_package_prefix_are_read():
@@ -54,6 +64,8 @@ def test_numbers_and_the_package_prefix_are_read():
         ("BarSchedule('high')", "must be a number"),
         ("BarSchedule(period=2)", "missing"),
         ("BarShedule(0.8)", "did you mean BarSchedule"),
+        ("barschedule", "there are PAPER, STEADY; did you mean BarSchedule(...)?"),
+        ("presets.whole_gradient", "nor a preset, of which there are PAPER, STEADY"),
         ("SequentialSchedule([0.5], milestones=[])", "must hold Schedule objects"),
         ("SequentialSchedule([BarSchedule(2)], [])", "[0, 1)"),
         ("[0.5]", "not a schedule; write"),

@@ -340,7 +340,7 @@ def test_presets_are_schedules_of_the_same_mean_rate():
     assert (repr(paper), repr(steady)) == ("BarSchedule(0.8, period=2)", "ConstantSchedule(0.4)")
     assert sum(map(paper, range(10))) == pytest.approx(sum(map(steady, range(10))))
     model = ssp.convert(torch.nn.Conv2d(2, 4, 1))
-    assert ssp.get_controller(model).schedule is paper
+    assert ssp.get_controller(model).schedule == paper
 
 
 def test_the_recipe_is_what_convert_takes():

@@ -76,10 +76,11 @@ def test_measured_says_which_layers_pay(monkeypatch):
         "yes",
     ]
     assert "one output channel" in lines[3]
-    assert lines[-2] == "3 layers: 2 to convert, 1 stay dense; 1 pay alone"
-    assert lines[-1].endswith(
-        "converted: none 3.000 ms, those that pay alone 1.000 ms, all 2.000 ms; "
-        "convert those that pay alone"
+    assert lines[-4] == "3 layers: 2 to convert, 1 stay dense; 1 pay alone"
+    assert lines[-3] == plan.where_the_flops_are()
+    assert lines[-2].endswith("converted:")
+    assert lines[-1] == (
+        "  none 3.000 ms, those that pay alone 1.000 ms, all 2.000 ms; convert those that pay alone"
     )
     ssp.convert(model, filter_fn=plan.pays)
     assert [ssp.is_converted(m) for m in model] == [True, False, False]
@@ -139,7 +140,22 @@ def test_measured_as_it_will_be_converted(monkeypatch):
         iterations=7,
     )
     ssp.plan(two_convolutions(), inputs=torch.randn(1, 3, 8, 8), measure=True, **settings)
-    assert asked["layers"] == asked["networks"] == settings
+    given = [{**asked[what]} for what in ("layers", "networks")]
+    assert all(callable(one.pop("progress")) for one in given)
+    assert given == [settings, settings]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_how_far_it_has_come_is_shown_unless_it_is_not_wanted(monkeypatch, capsys, progress):
+    """On no terminal: a line where more than half a minute has passed."""
+    asked = timed(monkeypatch, {"0": [(1, 2.0, 1.0)]})
+    monkeypatch.setattr("time.monotonic", iter(range(0, 10_000, 100)).__next__)
+    inputs = torch.randn(1, 3, 8, 8)
+    ssp.plan(two_convolutions(), inputs=inputs, measure=True, progress=progress)
+    for what in ("layers", "networks"):
+        asked[what]["progress"](1, 2)
+    expected = "timing layers: 1 of 2\ntiming the whole network: 1 of 2\n"
+    assert capsys.readouterr().err == (expected if progress else "")
 
 
 @pytest.mark.parametrize("measure", [False, True])
@@ -171,10 +187,8 @@ def test_a_layer_without_a_gradient_does_not_pay():
     assert plan.best is None and not plan.networks and not any(plan.pays(m) for m in model)
 
 
-def test_measuring_and_inputs_need_each_other():
+def test_measuring_needs_inputs():
     with pytest.raises(ValueError, match="measuring needs inputs"):
         ssp.plan(two_convolutions(), measure=True)
-    with pytest.raises(ValueError, match="inputs are for measuring"):
-        ssp.plan(two_convolutions(), inputs=torch.randn(1, 3, 8, 8))
     with pytest.raises(RuntimeError, match="has no times"):
         ssp.convert(two_convolutions(), filter_fn=ssp.plan(two_convolutions()).pays)

@@ -4,6 +4,8 @@ import oracle
 import pytest
 import timm
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ssprop_patch as ssp
@@ -85,11 +87,11 @@ def test_networks_of_timm_compile_whole(name):
     assert_as_eager(call, model, x, rtol=1e-9)
     ssp.get_controller(model).drop_rate = 0.4
     assert_as_eager(call, model, x, rtol=1e-9)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2  # of the schedule's rate, and of all others
     assert sparse_layers(model)
 
 
-def test_a_rate_per_layer_makes_no_graph_more():
+def test_a_rate_per_layer_is_not_a_graph_per_layer():
     model, counter = net(), CompileCounterWithBackend("aot_eager")
     ssp.convert(model, schedule=0.8, overrides={"stem": 0.25, "own": 0.0, "twice": 0.5})
     call = torch.compile(model, backend=counter, fullgraph=True)
@@ -99,7 +101,7 @@ def test_a_rate_per_layer_makes_no_graph_more():
         assert "own" not in sparse_layers(model)
         rows = model.stem.weight.grad.flatten(1).any(1).sum()
         assert rows == oracle.number_kept(16, 0.25)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2  # of the schedule's rate, and of all others
 
 
 def test_excluded_and_evaluated_layers_are_dense():
@@ -111,3 +113,33 @@ def test_excluded_and_evaluated_layers_are_dense():
     model.eval()
     assert_as_eager(call, model)
     assert not sparse_layers(model)
+
+
+OPERATORS = "conv_backward", "linear_backward", "directions"
+
+
+@pytest.mark.parametrize(
+    "settings, seen",
+    [
+        ({}, set()),
+        ({"remainder": "coarse"}, set()),
+        ({"selection": "principal"}, {"conv_backward", "directions"}),
+        ({"selection": "random"}, {"conv_backward"}),
+        ({"schedule": ssp.CosineSchedule(0.1, 0.8, total=9)}, {"conv_backward"}),
+    ],
+    ids=["l1", "coarse", "principal", "random", "many rates"],
+)
+def test_the_compiler_sees_the_backward_at_the_rates_of_a_schedule_that_has_few(settings, seen):
+    """Operators hide what is left: directions, other selections, schedules of many rates."""
+    operators = set()
+
+    def record(graph, inputs):
+        operators.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    model = ssp.convert(net(), **{"schedule": 0.5, **settings})
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    torch.compile(model, backend=backend, fullgraph=True)(images()).square().mean().backward()
+    found = {name for name in OPERATORS if any(name in op and "ssprop" in op for op in operators)}
+    assert found == seen
+    assert any("convolution_backward" in op for op in operators)

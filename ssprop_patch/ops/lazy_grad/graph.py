@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ..._torch_compat import (
     sequence_number,
     will_engine_execute_node,
 )
+from ...core.coarse import Cells
 from ...core.selection import ScoreFn
 from ..channel_scores import lazy_order
 from .gradients import NormInput, ReLUGradient, ReLUInput
@@ -48,27 +49,43 @@ _DONE = "ssprop_patch"
 Node = Any  # of torch.autograd.graph
 
 
-def prepare_before(node: Node, x: Tensor, score_fn_of: Callable[[Node], ScoreFn | None]) -> None:
+class Needed(NamedTuple):
+    """What a sparse convolution reads of its gradient.
+
+    Attributes:
+        score_fn: Scores the channels, of which some are read.
+        block: Positions in each dimension of the cells whose sums are read of all; 0: none are.
+    """
+
+    score_fn: ScoreFn
+    block: int = 0
+
+
+#: Returns what the node of a sparse convolution reads; None if it needs all of dy.
+NeededBy = Callable[[Node], Needed | None]
+
+
+def prepare_before(node: Node, x: Tensor, needed_by: NeededBy) -> None:
     """Make the gradients before a sparse convolution lazy, where its backward is about to run.
 
     Args:
         node: The convolution's node.
         x: Its input, (N, C_in, *in).
-        score_fn_of: Returns what scores the channels of a node like this one.
+        needed_by: Of nodes like this one.
     """
     # A pooling may lie in between, but maps that are much smaller have no large ones before them
     # that would not be seen from their own layers.
     if 4 * x.numel() >= _MIN_ELEMENTS and not torch.is_grad_enabled():
-        prepare(node.next_functions[0][0], type(node), score_fn_of)
+        prepare(node.next_functions[0][0], type(node), needed_by)
 
 
-def prepare(start: Node, convolution: type, score_fn_of: Callable[[Node], ScoreFn | None]) -> None:
+def prepare(start: Node, convolution: type, needed_by: NeededBy) -> None:
     """Make the gradients lazy that nodes from ``start`` on pass to nodes of class ``convolution``.
 
     Args:
         start: A node that has not run yet; None does nothing.
         convolution: The class of the nodes of sparse convolutions.
-        score_fn_of: Returns what scores the channels of such a node; None if it needs all of dy.
+        needed_by: Of such nodes.
     """
     if not CAN_BE_LAZY:
         return
@@ -87,10 +104,10 @@ def prepare(start: Node, convolution: type, score_fn_of: Callable[[Node], ScoreF
                 node.register_prehook(_BeforeReLU(norm))
         elif name in _NORMS and _is_paired(node, convolution):
             conv = following[0][0]
-            score_fn = score_fn_of(conv)
-            order = None if score_fn is None else lazy_order(score_fn)
-            if order is not None:
-                node.register_prehook(_BeforeNorm(conv, order))
+            needed = needed_by(conv)
+            order = None if needed is None else lazy_order(needed.score_fn)
+            if needed is not None and order is not None:
+                node.register_prehook(_BeforeNorm(conv, order, needed.block))
             continue
         queue.extend(before for before, _ in following)
 
@@ -150,10 +167,11 @@ class _BeforeNorm:
     Args:
         conv: The node of the sparse convolution in front of it.
         order: Its channels are chosen by their sums of ``|dy| ** order``.
+        block: As of :class:`Needed`.
     """
 
-    def __init__(self, conv: Node, order: int) -> None:
-        self._conv, self._order = conv, order
+    def __init__(self, conv: Node, order: int, block: int) -> None:
+        self._conv, self._order, self._block = conv, order, block
 
     def __call__(self, grads: tuple[Any, ...]) -> tuple[Any, ...] | None:
         dz, relu_out = grads[0], None
@@ -161,7 +179,8 @@ class _BeforeNorm:
             dz, relu_out = dz.parts()
         if not (_is_ordinary(dz) and is_large_enough(dz)) or is_partial(self._conv):
             return None
-        return (NormInput(dz, relu_out, self._order), *grads[1:])
+        cells = Cells.blocks(tuple(dz.shape[2:]), self._block) if self._block else None
+        return (NormInput(dz, relu_out, self._order, cells), *grads[1:])
 
 
 def is_large_enough(dz: Tensor) -> bool:

@@ -11,7 +11,7 @@ errors.
 
 from __future__ import annotations
 
-from .batch_norm import norm_input_grad, norm_sums
+from .batch_norm import norm_input_grad, norm_sums, norm_sums_and_cells
 from .build import find_compiler, why_unavailable
 from .channel_ops import (
     channel_sums,
@@ -30,6 +30,7 @@ __all__ = [
     "may_be_available",
     "norm_input_grad",
     "norm_sums",
+    "norm_sums_and_cells",
     "put_rows",
     "put_sums",
     "rows_backward",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from .cells import describe, empty_of_cells
 from .tensors import (
     as_index,
     check,
@@ -17,6 +20,9 @@ from .tensors import (
     sizes,
     threads_for,
 )
+
+if TYPE_CHECKING:
+    from ...core.coarse import Cells
 
 
 def norm_sums(
@@ -45,13 +51,57 @@ def norm_sums(
     Returns:
         Three of shape (C,), of ``x``'s dtype.
     """
+    return _norm_sums(dz, x, weight, mean, invstd, order, relu_out)[0]
+
+
+def norm_sums_and_cells(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    order: int,
+    relu_out: Tensor | None,
+    cells: Cells,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return :func:`norm_sums`, and the sums of dy over cells, (N, C, *number), in the format of x.
+
+    Args:
+        dz, x, weight, mean, invstd, order, relu_out: As for :func:`norm_sums`.
+        cells: A division of maps of one or two dimensions, from their first position on.
+    """
+    sums, of_cells = _norm_sums(dz, x, weight, mean, invstd, order, relu_out, cells)
+    assert of_cells is not None
+    return sums, of_cells
+
+
+def _norm_sums(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    order: int,
+    relu_out: Tensor | None,
+    cells: Cells | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     last, threads = is_matrix(x), threads_for(x)
-    c = x.shape[1]
+    c, room, of_cells, shape = x.shape[1], 3 * x.shape[1], None, None
+    if cells is not None:
+        if any(cells.start):
+            raise ValueError(f"cells begin at {cells.start}, not at the first position")
+        shape, of_cells = describe(x, cells), empty_of_cells(x, cells)
+        last = not x.is_contiguous()  # also of single positions, as for the cells
+        if last:
+            room += threads * c
+        else:
+            room = threads * shape.size[0] * shape.length[1]
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
     weight = None if weight is None else _vector(weight, x)
     mean, invstd = _vector(mean, x), _vector(invstd, x)
     sums = x.new_empty(3, c)
-    work, lines = (doubles(x, threads * 3 * c), x.new_empty(2 * c)) if last else (None, None)
+    work = doubles(x, threads * 3 * c) if last else None
+    lines = x.new_empty(room) if last or cells is not None else None
     library_for(x).norm_sums(
         dz.data_ptr(),
         relu_out.data_ptr(),
@@ -63,13 +113,15 @@ def norm_sums(
         last,
         relu,
         order,
+        shape,
         sums.data_ptr(),
+        pointer(of_cells),
         pointer(work),
         pointer(lines),
         threads,
     )
     sum_dz, sum_dz_xhat, sum_dy = sums.unbind()
-    return sum_dz, sum_dz_xhat, sum_dy
+    return (sum_dz, sum_dz_xhat, sum_dy), of_cells
 
 
 def norm_input_grad(

@@ -38,9 +38,9 @@ _PASSES = {
     "put_rows": (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "put_sums": (_POINTER, _INT64, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "sum_cells": (_POINTER, _CELLS, *[_POINTER] * 2, _INT),
-    "add_cells": (_POINTER, _CELLS, *[_POINTER] * 2, _INT),
+    "add_cells": (_POINTER, _CELLS, _POINTER, _INT),
     "rows_backward": (*[_POINTER] * 4, *[_INT64] * 4, *[_POINTER] * 3, _INT),
-    "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, *[_POINTER] * 3, _INT),
+    "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, _CELLS, *[_POINTER] * 4, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
 }
 _CONV = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .cell_shape import CellShape
-from .tensors import library_for, threads_for
+from .tensors import library_for, pointer, threads_for
 
 if TYPE_CHECKING:
     from ...core.coarse import Cells
@@ -26,17 +26,12 @@ def sum_cells(t: Tensor, cells: Cells) -> Tensor | None:
     Returns:
         None where that is torch's to compute, or to refuse.
     """
-    shape = _described(t, cells)
-    if shape is None:
+    if not can_describe(t, cells):
         return None
-    n, c = t.shape[:2]
-    if t.is_contiguous():
-        out = t.new_empty(n, c, *cells.number)
-    else:
-        out = t.new_empty(n, *cells.number, c).movedim(-1, 1)
+    shape, out = describe(t, cells), empty_of_cells(t, cells)
     threads = threads_for(t)
-    work = t.new_empty(threads * shape.length[1] * shape.c)
-    library_for(t).sum_cells(t.data_ptr(), shape, out.data_ptr(), work.data_ptr(), threads)
+    work = t.new_empty(threads * shape.length[1] * shape.c) if shape.c > 1 else None
+    library_for(t).sum_cells(t.data_ptr(), shape, out.data_ptr(), pointer(work), threads)
     return out
 
 
@@ -48,22 +43,29 @@ def add_cells(to: Tensor, values: Tensor, cells: Cells) -> bool:
         values: (N, C, *number).
         cells: The division.
     """
-    shape = _described(to, cells)
     fits = values.shape == (*to.shape[:2], *cells.number) and values.dtype is to.dtype
-    if shape is None or not fits or values.device != to.device:
+    if not (can_describe(to, cells) and fits) or values.device != to.device:
         return False
+    shape = describe(to, cells)
     values = values.contiguous() if to.is_contiguous() else values.movedim(1, -1).contiguous()
-    threads = threads_for(to)
-    work = to.new_empty(threads * shape.length[1] * shape.c)
-    library_for(to).add_cells(values.data_ptr(), shape, to.data_ptr(), work.data_ptr(), threads)
+    library_for(to).add_cells(values.data_ptr(), shape, to.data_ptr(), threads_for(to))
     return True
 
 
-def _described(t: Tensor, cells: Cells) -> CellShape | None:
-    dims = len(cells.length)
-    if dims not in (1, 2) or tuple(t.shape[2:]) != cells.length or not t.numel():
-        return None
-    side_by_side = not t.is_contiguous()
+def can_describe(t: Tensor, cells: Cells) -> bool:
+    """Whether C can divide ``t``: the cells are of its maps, of one or two dimensions."""
+    return len(cells.length) in (1, 2) and tuple(t.shape[2:]) == cells.length and t.numel() > 0
+
+
+def describe(t: Tensor, cells: Cells) -> CellShape:
+    """Return the division of ``t`` as C reads it.
+
+    Raises:
+        ValueError: If :func:`can_describe` does not hold.
+    """
+    if not can_describe(t, cells):
+        raise ValueError(f"cells of maps of {cells.length} for a tensor of {tuple(t.shape)}")
+    side_by_side, dims = not t.is_contiguous(), len(cells.length)
     fill = (1,) * (2 - dims)
     return CellShape(
         maps=t.shape[0] * (1 if side_by_side else t.shape[1]),
@@ -73,3 +75,11 @@ def _described(t: Tensor, cells: Cells) -> CellShape | None:
         size=(*fill, *cells.size),
         number=(*fill, *cells.number),
     )
+
+
+def empty_of_cells(t: Tensor, cells: Cells) -> Tensor:
+    """Return memory for a number of each cell of ``t``, (N, C, *number), in its format."""
+    n, c = t.shape[:2]
+    if t.is_contiguous():
+        return t.new_empty(n, c, *cells.number)
+    return t.new_empty(n, *cells.number, c).movedim(-1, 1)

@@ -70,7 +70,8 @@ def check_memory(t: Tensor) -> None:
         RuntimeError: If it does.
     """
     if (
-        type(t) not in _ORDINARY
+        torch.compiler.is_compiling()
+        or type(t) not in _ORDINARY
         or not t.is_cpu
         or t.layout is not torch.strided
         or is_functorch_wrapped_tensor(t)

@@ -1,4 +1,4 @@
-"""A process for Triton's interpreter, one for the tests of a module."""
+"""A process for Triton's interpreter, one for the tests of all modules here."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -9,7 +9,7 @@ import torch
 from ssprop_patch.ops import triton_kernels
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter():
     from .places import Interpreter  # skips where there is no triton
 

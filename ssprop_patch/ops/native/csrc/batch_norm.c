@@ -17,7 +17,8 @@ INLINE T passed(T d, T r, int relu)
    scale = weight * invstd, shift = sum(dz) / m, slope = sum(dz * (x - mean)) * invstd ** 2 / m.
 
    `sums` is (3, c): dz, dz * (x - mean) * invstd, |dy| ** order. With `relu` dz is the gradient of
-   the output r of a ReLU behind the norm, else r is not read. */
+   the output r of a ReLU behind the norm, else r is not read. With `cells`, those of dy, their sums
+   go to `cell_sums`, which lies as the maps do. */
 
 INLINE void sums_of_dz(
     const T *restrict dz, const T *restrict r, const T *restrict x, T mean, int64_t size,
@@ -47,33 +48,81 @@ INLINE T sum_of_dy(
     return sum;
 }
 
+/* As sum_of_dy, which also writes dy, not scaled. */
+INLINE T dy_of_positions(
+    const T *restrict dz, const T *restrict r, const T *restrict x, T mean, T shift, T slope,
+    int64_t size, T *restrict dy, int relu, int order)
+{
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < size; j++) {
+        dy[j] = passed(dz[j], r[j], relu) - shift - (x[j] - mean) * slope;
+        sum += MAGNITUDE(dy[j], order);
+    }
+    return sum;
+}
+
+/* As sum_of_dy of one map, whose sums over cells go to `out`. `work` holds the rows of a cell. */
+static double cells_of_map(
+    const T *dz, const T *r, const T *x, T mean, T shift, T slope, T scale, const CellShape *s,
+    int relu, int order, T *out, T *restrict work)
+{
+    int64_t width = s->length[1];
+    double sum = 0;
+    for (int64_t row = 0; row < s->length[0]; row += s->size[0], out += s->number[1]) {
+        int64_t rows = min(s->size[0], s->length[0] - row), end = (row + rows) * width;
+        for (int64_t from = row * width; from < end; from += BLOCK) {
+            T *dy = work + (from - row * width);
+            int64_t size = min(end - from, BLOCK);
+            sum += BY_BOTH(
+                dy_of_positions, dz + from, r + from, x + from, mean, shift, slope, size, dy);
+        }
+        cells_of_rows(work, rows, s, out);
+        for (int64_t b = 0; b < s->number[1]; b++)
+            out[b] *= scale;
+    }
+    return sum;
+}
+
 static void norm_of_channels(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
-    int64_t n, int64_t c, int64_t s, int relu, int order, T *restrict sums, int threads)
+    int64_t n, int64_t c, int64_t s, int relu, int order, T *restrict sums,
+    const CellShape *cells, T *cell_sums, T *work, int threads)
 {
     T per_position = 1 / (T)(n * s);
+    int64_t each = cells ? cells->number[0] * cells->number[1] : 0;
+    int64_t room = cells ? cells->size[0] * cells->length[1] : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t ch = 0; ch < c; ch++) {
-        T m = mean[ch];
-        double a = 0, b = 0, y = 0;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t from = 0; from < s; from += BLOCK) {
-                int64_t at = (i * c + ch) * s + from, size = min(s - from, BLOCK);
-                BY_RELU(sums_of_dz, dz + at, r + at, x + at, m, size, &a, &b);
+    for (int th = 0; th < threads; th++)
+        for (int64_t ch = c * th / threads; ch < c * (th + 1) / threads; ch++) {
+            T m = mean[ch], scale = weight ? weight[ch] * invstd[ch] : invstd[ch];
+            double a = 0, b = 0, y = 0;
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t from = 0; from < s; from += BLOCK) {
+                    int64_t at = (i * c + ch) * s + from, size = min(s - from, BLOCK);
+                    BY_RELU(sums_of_dz, dz + at, r + at, x + at, m, size, &a, &b);
+                }
+            /* Again, while the channel is in the cache. */
+            T shift = (T)a * per_position;
+            T slope = (T)b * invstd[ch] * invstd[ch] * per_position;
+            for (int64_t i = 0; i < n; i++) {
+                int64_t at = (i * c + ch) * s;
+                if (cells) {
+                    T *out = cell_sums + (i * c + ch) * each;
+                    y += cells_of_map(dz + at, r + at, x + at, m, shift, slope, scale, cells,
+                                      relu, order, out, work + th * room);
+                    continue;
+                }
+                for (int64_t from = 0; from < s; from += BLOCK) {
+                    int64_t here = at + from, size = min(s - from, BLOCK);
+                    y += BY_BOTH(
+                        sum_of_dy, dz + here, r + here, x + here, m, shift, slope, size);
+                }
             }
-        /* Again, while the channel is in the cache. */
-        T shift = (T)a * per_position;
-        T slope = (T)b * invstd[ch] * invstd[ch] * per_position;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t from = 0; from < s; from += BLOCK) {
-                int64_t at = (i * c + ch) * s + from, size = min(s - from, BLOCK);
-                y += BY_BOTH(sum_of_dy, dz + at, r + at, x + at, m, shift, slope, size);
-            }
-        T scale = weight ? weight[ch] * invstd[ch] : invstd[ch];
-        sums[ch] = (T)a;
-        sums[c + ch] = (T)b * invstd[ch];
-        sums[2 * c + ch] = (T)y * MAGNITUDE(scale, order);
-    }
+            sums[ch] = (T)a;
+            sums[c + ch] = (T)b * invstd[ch];
+            sums[2 * c + ch] = (T)y * MAGNITUDE(scale, order);
+        }
 }
 
 INLINE void sums_of_dz_columns(
@@ -122,18 +171,68 @@ INLINE void sums_of_dy_columns(
         }
 }
 
-/* `work` holds threads * 3 * c doubles, `lines` 2 * c numbers. */
+/* Adds positions of c channels that lie side by side to their cell, and their magnitudes. */
+INLINE void cell_of_dy_columns(
+    const T *restrict dz, const T *restrict r, const T *restrict x, const T *restrict mean,
+    const T *restrict shift, const T *restrict slope, int64_t rows, int64_t c,
+    T *restrict cell, T *restrict magnitudes, int relu, int order)
+{
+    int64_t i = 0;
+    for (; i + 2 <= rows; i += 2, dz += 2 * c, r += 2 * c, x += 2 * c)
+#pragma omp simd
+        for (int64_t j = 0; j < c; j++) {
+            T dy0 = passed(dz[j], r[j], relu) - shift[j] - (x[j] - mean[j]) * slope[j];
+            T dy1 = passed(dz[c + j], r[c + j], relu) - shift[j] - (x[c + j] - mean[j]) * slope[j];
+            cell[j] += dy0 + dy1;
+            magnitudes[j] += MAGNITUDE(dy0, order) + MAGNITUDE(dy1, order);
+        }
+    for (; i < rows; i++, dz += c, r += c, x += c)
+#pragma omp simd
+        for (int64_t j = 0; j < c; j++) {
+            T dy = passed(dz[j], r[j], relu) - shift[j] - (x[j] - mean[j]) * slope[j];
+            cell[j] += dy;
+            magnitudes[j] += MAGNITUDE(dy, order);
+        }
+}
+
+/* One row of cells, of channels that lie side by side; `sums` get the magnitudes. */
+static void row_of_cells(
+    const T *dz, const T *r, const T *x, const T *mean, const T *shift, const T *slope,
+    const T *restrict scale, const CellShape *s, int64_t row, int relu, int order,
+    double *restrict sums, T *restrict out, T *restrict magnitudes)
+{
+    int64_t c = s->c, end = min(row + s->size[0], s->length[0]);
+    for (int64_t b = 0; b < s->number[1]; b++, out += c) {
+        int64_t from = b * s->size[1], size = min(s->size[1], s->length[1] - from);
+        memset(out, 0, c * sizeof(T));
+        memset(magnitudes, 0, c * sizeof(T));
+        for (int64_t i = row; i < end; i++) {
+            int64_t at = (i * s->length[1] + from) * c;
+            BY_BOTH(cell_of_dy_columns, dz + at, r + at, x + at, mean, shift, slope, size, c, out,
+                    magnitudes);
+        }
+        for (int64_t j = 0; j < c; j++) {
+            out[j] *= scale[j];
+            sums[j] += magnitudes[j];
+        }
+    }
+}
+
+/* `work` holds threads * 3 * c doubles, where channels lie side by side. `lines` holds 3 * c numbers,
+   and with cells for each thread c more, or the rows of a cell. The cells begin at
+   the first row and column. */
 void norm_sums(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
-    int64_t n, int64_t c, int64_t s, int last, int relu, int order,
-    T *restrict sums, double *restrict work, T *restrict lines, int threads)
+    int64_t n, int64_t c, int64_t s, int last, int relu, int order, const CellShape *cells,
+    T *restrict sums, T *cell_sums, double *restrict work, T *restrict lines, int threads)
 {
     if (!last) {
-        norm_of_channels(dz, r, x, mean, invstd, weight, n, c, s, relu, order, sums, threads);
+        norm_of_channels(dz, r, x, mean, invstd, weight, n, c, s, relu, order, sums, cells,
+                         cell_sums, lines, threads);
         return;
     }
     int64_t rows = n * s;
-    T per_position = 1 / (T)rows, *shift = lines, *slope = lines + c;
+    T per_position = 1 / (T)rows, *shift = lines, *slope = lines + c, *scale = lines + 2 * c;
     memset(work, 0, threads * 3 * c * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
@@ -151,19 +250,31 @@ void norm_sums(
         sums[c + j] = (T)b * invstd[j];
         shift[j] = (T)a * per_position;
         slope[j] = (T)b * invstd[j] * invstd[j] * per_position;
+        scale[j] = weight ? weight[j] * invstd[j] : invstd[j];
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++) {
-        int64_t from = rows * th / threads, size = rows * (th + 1) / threads - from, at = from * c;
         double *mine = work + th * 3 * c + 2 * c;
-        BY_BOTH(sums_of_dy_columns, dz + at, r + at, x + at, mean, shift, slope, size, c, mine);
+        int64_t units = cells ? n * cells->number[0] : rows;
+        int64_t from = units * th / threads, to = units * (th + 1) / threads, at = from * c;
+        if (!cells) {
+            BY_BOTH(sums_of_dy_columns, dz + at, r + at, x + at, mean, shift, slope, to - from, c,
+                    mine);
+            continue;
+        }
+        for (; from < to; from++) {
+            int64_t map = from / cells->number[0] * s * c;
+            int64_t row = from % cells->number[0] * cells->size[0];
+            row_of_cells(dz + map, r + map, x + map, mean, shift, slope, scale, cells, row, relu,
+                         order, mine, cell_sums + from * cells->number[1] * c,
+                         lines + (3 + th) * c);
+        }
     }
     for (int64_t j = 0; j < c; j++) {
-        T scale = weight ? weight[j] * invstd[j] : invstd[j];
         double y = 0;
         for (int th = 0; th < threads; th++)
             y += work[th * 3 * c + 2 * c + j];
-        sums[2 * c + j] = (T)y * MAGNITUDE(scale, order);
+        sums[2 * c + j] = (T)y * MAGNITUDE(scale[j], order);
     }
 }
 

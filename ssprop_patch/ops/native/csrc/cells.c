@@ -17,105 +17,157 @@ INLINE Range inside(int64_t cell, int64_t start, int64_t size, int64_t length)
     return (Range){from, max(from, to)};
 }
 
-/* The usual size of a cell, of which the loops below are unrolled. */
-#define USUAL 4
+/* --- channels that lie side by side ------------------------------------------------------------ */
 
 /* Sums `size` numbers over the rows. */
 INLINE void add_rows(const T *restrict row, Range rows, int64_t step, int64_t size, T *restrict sums)
 {
-    if (rows.to - rows.from == USUAL) {
-        row += rows.from * step;
+    row += rows.from * step;
+    if (rows.to - rows.from == 4) { /* as usual */
 #pragma omp simd
         for (int64_t j = 0; j < size; j++)
             sums[j] = (row[j] + row[step + j]) + (row[2 * step + j] + row[3 * step + j]);
         return;
     }
     memset(sums, 0, size * sizeof(T));
-    for (int64_t r = rows.from; r < rows.to; r++)
+    for (int64_t r = rows.from; r < rows.to; r++, row += step)
 #pragma omp simd
         for (int64_t j = 0; j < size; j++)
-            sums[j] += row[r * step + j];
-}
-
-/* Returns how many cells of the usual size lie at the beginning of a row. */
-INLINE int64_t usual_cells(const CellShape *s)
-{
-    return s->start[1] == 0 && s->size[1] == USUAL ? min(s->number[1], s->length[1] / USUAL) : 0;
+            sums[j] += row[j];
 }
 
 /* `work` holds w * c numbers. */
-static void sum_a_row_of_cells(
+static void sum_columns(
     const T *map, Range rows, const CellShape *s, T *restrict out, T *restrict work)
 {
     int64_t c = s->c;
     add_rows(map, rows, s->length[1] * c, s->length[1] * c, work);
-    int64_t whole = c == 1 ? usual_cells(s) : 0;
-    for (int64_t b = 0; b < whole; b++, out++, work += USUAL)
-        *out = (work[0] + work[1]) + (work[2] + work[3]);
-    work -= whole * USUAL;
-    for (int64_t b = whole; b < s->number[1]; b++, out += c) {
-        Range columns = inside(b, s->start[1], s->size[1], s->length[1]);
-        if (c > 1) {
-            add_rows(work, columns, c, c, out);
-            continue;
-        }
-        T sum = 0;
-        for (int64_t j = columns.from; j < columns.to; j++)
-            sum += work[j];
-        *out = sum;
-    }
+    for (int64_t b = 0; b < s->number[1]; b++, out += c)
+        add_rows(work, inside(b, s->start[1], s->size[1], s->length[1]), c, c, out);
 }
 
-static void add_a_row_of_cells(
-    const T *restrict values, Range rows, const CellShape *s, T *map, T *restrict work)
+static void add_columns(const T *restrict values, Range rows, const CellShape *s, T *map)
 {
-    int64_t c = s->c, size = s->length[1] * c;
-    int64_t whole = c == 1 ? usual_cells(s) : 0;
-    for (int64_t b = 0; b < whole; b++)
-        for (int64_t j = 0; j < USUAL; j++)
-            work[b * USUAL + j] = values[b];
-    values += whole;
-    memset(work + whole * USUAL, 0, (size - whole * USUAL) * sizeof(T));
-    for (int64_t b = whole; b < s->number[1]; b++, values += c) {
-        Range columns = inside(b, s->start[1], s->size[1], s->length[1]);
-        for (int64_t j = columns.from; j < columns.to; j++)
-            for (int64_t i = 0; i < c; i++)
-                work[j * c + i] = values[i];
-    }
-    for (int64_t r = rows.from; r < rows.to; r++) {
-        T *restrict row = map + r * size;
+    int64_t c = s->c;
+    for (int64_t r = rows.from; r < rows.to; r++)
+        for (int64_t b = 0; b < s->number[1]; b++) {
+            Range columns = inside(b, s->start[1], s->size[1], s->length[1]);
+            const T *restrict from = values + b * c;
+            for (int64_t j = columns.from; j < columns.to; j++) {
+                T *restrict to = map + (r * s->length[1] + j) * c;
 #pragma omp simd
-        for (int64_t j = 0; j < size; j++)
-            row[j] += work[j];
-    }
-}
-
-/* `work` holds threads * w * c numbers. */
-static void each_row_of_cells(
-    const T *from, const CellShape *s, T *to, int spread, T *restrict work, int threads)
-{
-    int64_t a_map = s->length[0] * s->length[1] * s->c, a_row = s->number[1] * s->c;
-    int64_t rows = s->maps * s->number[0];
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int th = 0; th < threads; th++) {
-        T *restrict own = work + th * s->length[1] * s->c;
-        for (int64_t i = rows * th / threads; i < rows * (th + 1) / threads; i++) {
-            int64_t map = i / s->number[0] * a_map;
-            Range range = inside(i % s->number[0], s->start[0], s->size[0], s->length[0]);
-            if (spread)
-                add_a_row_of_cells(from + i * a_row, range, s, to + map, own);
-            else
-                sum_a_row_of_cells(from + map, range, s, to + i * a_row, own);
+                for (int64_t i = 0; i < c; i++)
+                    to[i] += from[i];
+            }
         }
+}
+
+/* --- each channel by itself --------------------------------------------------------------------
+
+   Rows are short and cells usually four columns wide, or a multiple of that: a vector of four. */
+
+typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+
+/* Returns how many cells at the beginning of a row are whole and made of fours. */
+INLINE int64_t cells_of_fours(const CellShape *s)
+{
+    return s->start[1] || s->size[1] % 4 ? 0 : min(s->number[1], s->length[1] / s->size[1]);
+}
+
+INLINE T sum_of_fours(const T *from, int64_t rows, int64_t width, int64_t size)
+{
+    Four sum = {0};
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < size; j += 4)
+            sum += *(const Four *)(from + r * width + j);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+INLINE void add_to_fours(T value, int64_t rows, int64_t width, int64_t size, T *to)
+{
+    Four four = {value, value, value, value};
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < size; j += 4)
+            *(Four *)(to + r * width + j) += four;
+}
+
+static void sum_cells_of_map(const T *map, Range rows, const CellShape *s, T *restrict out)
+{
+    int64_t width = s->length[1], size = s->size[1], b = 0, whole = cells_of_fours(s);
+    const T *row = map + rows.from * width;
+    int64_t count = rows.to - rows.from;
+    if (count == 4 && size == 4) /* as usual: unrolled */
+        for (; b < whole; b++)
+            out[b] = sum_of_fours(row + b * 4, 4, width, 4);
+    for (; b < whole; b++)
+        out[b] = sum_of_fours(row + b * size, count, width, size);
+    for (; b < s->number[1]; b++) {
+        Range columns = inside(b, s->start[1], size, width);
+        T sum = 0;
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t j = columns.from; j < columns.to; j++)
+                sum += row[r * width + j];
+        out[b] = sum;
     }
 }
 
+static void add_cells_to_map(const T *restrict values, Range rows, const CellShape *s, T *map)
+{
+    int64_t width = s->length[1], size = s->size[1], b = 0, whole = cells_of_fours(s);
+    T *row = map + rows.from * width;
+    int64_t count = rows.to - rows.from;
+    if (count == 4 && size == 4)
+        for (; b < whole; b++)
+            add_to_fours(values[b], 4, width, 4, row + b * 4);
+    for (; b < whole; b++)
+        add_to_fours(values[b], count, width, size, row + b * size);
+    for (; b < s->number[1]; b++) {
+        Range columns = inside(b, s->start[1], size, width);
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t j = columns.from; j < columns.to; j++)
+                row[r * width + j] += values[b];
+    }
+}
+
+void cells_of_rows(const T *rows, int64_t count, const CellShape *s, T *restrict out)
+{
+    sum_cells_of_map(rows, (Range){0, count}, s, out);
+}
+
+/* --- both --------------------------------------------------------------------------------------- */
+
+/* Calls what `step` says for each row of cells; the work is divided by these, or by maps. */
+#define FOR_EACH_ROW_OF_CELLS(units, of_a_unit, step)                                              \
+    do {                                                                                           \
+        int64_t a_map = s->length[0] * s->length[1] * s->c, a_row = s->number[1] * s->c;           \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                          \
+        for (int th = 0; th < threads; th++)                                                       \
+            for (int64_t i = (units) * th / threads; i < (units) * (th + 1) / threads; i++) {      \
+                int64_t first = i * (of_a_unit), map = first / s->number[0] * a_map;               \
+                int64_t a = first % s->number[0], cells = first * a_row;                           \
+                for (int64_t end = a + (of_a_unit); a < end; a++, cells += a_row) {                \
+                    Range rows = inside(a, s->start[0], s->size[0], s->length[0]);                 \
+                    step;                                                                          \
+                }                                                                                  \
+            }                                                                                      \
+    } while (0)
+#define BY_ROWS(step) FOR_EACH_ROW_OF_CELLS(s->maps * s->number[0], 1, step)
+#define BY_MAPS(step) FOR_EACH_ROW_OF_CELLS(s->maps, s->number[0], step)
+
+/* `work` holds threads * w * c numbers, if channels lie side by side. */
 void sum_cells(const T *maps, const CellShape *s, T *out, T *work, int threads)
 {
-    each_row_of_cells(maps, s, out, 0, work, threads);
+    int64_t line = s->length[1] * s->c;
+    if (s->c > 1)
+        BY_ROWS(sum_columns(maps + map, rows, s, out + cells, work + th * line));
+    else
+        BY_MAPS(sum_cells_of_map(maps + map, rows, s, out + cells));
 }
 
-void add_cells(const T *values, const CellShape *s, T *maps, T *work, int threads)
+void add_cells(const T *values, const CellShape *s, T *maps, int threads)
 {
-    each_row_of_cells(values, s, maps, 1, work, threads);
+    if (s->c > 1)
+        BY_ROWS(add_columns(values + cells, rows, s, maps + map));
+    else
+        BY_MAPS(add_cells_to_map(values + cells, rows, s, maps + map));
 }

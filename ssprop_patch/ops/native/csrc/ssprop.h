@@ -61,8 +61,8 @@ int put_sums(
 
 void norm_sums(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
-    int64_t n, int64_t c, int64_t s, int last, int relu, int order,
-    T *restrict sums, double *restrict work, T *restrict lines, int threads);
+    int64_t n, int64_t c, int64_t s, int last, int relu, int order, const CellShape *cells,
+    T *restrict sums, T *cell_sums, double *restrict work, T *restrict lines, int threads);
 
 int norm_input_grad(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
@@ -73,7 +73,10 @@ int norm_input_grad(
 
 void sum_cells(const T *maps, const CellShape *s, T *out, T *work, int threads);
 
-void add_cells(const T *values, const CellShape *s, T *maps, T *work, int threads);
+/* The sums of a row of cells that has `count` rows; c is 1. */
+void cells_of_rows(const T *rows, int64_t count, const CellShape *s, T *restrict out);
+
+void add_cells(const T *values, const CellShape *s, T *maps, int threads);
 
 /* --- rows.c ----------------------------------------------------------------------------------- */
 

@@ -1,4 +1,4 @@
-"""benchmarks/scripts/run_converted.py: a script runs as ever, and its network is converted.
+"""``run``: a script runs as ever, and its network is converted.
 
 The script here has what those of timm and torchvision have in common: a library that builds the
 network, a ``train_one_epoch`` and a checkpoint that holds the epoch. It trains in float64.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
-import run_converted
 import torch
 from torch.optim import optimizer
 
 import ssprop_patch as ssp
+from ssprop_patch.__main__ import main
 
 REGISTRY = """
 import torch
@@ -102,7 +103,7 @@ FACTORY = ["--factory", "nets_of_the_test.build"]
 
 
 def convert(script, *arguments, options=()):
-    run_converted.main([*FACTORY, *options, str(script), *map(str, arguments)])
+    assert main(["run", *FACTORY, *options, str(script), *map(str, arguments)]) == 0
 
 
 def plain(script, *arguments):
@@ -200,7 +201,7 @@ def test_network_of_timm_and_of_torchvision_under_whatever_name(tmp_path, capsys
         ),
     ):
         script.write_text(f"{line}\nimport ssprop_patch as ssp\nassert ssp.is_converted(m)")
-        run_converted.main(["--schedule", "0.5", str(script)])
+        main(["run", "--schedule", "0.5", str(script)])
         assert f"ssprop: {model}" in capsys.readouterr().err
     assert not ssp.is_converted(timm.create_model("test_resnet"))
     assert not ssp.is_converted(torchvision.models.get_model("resnet18"))
@@ -235,12 +236,44 @@ def test_second_process_is_silent(script, tmp_path, capsys, monkeypatch):
     assert "ssprop" not in capsys.readouterr().err
 
 
+SEEN = """
+import os, sys
+print(sys.argv, sys.path[0], os.getcwd() in sys.path, __name__, __file__)
+import shadowed
+"""
+
+
+def test_a_script_sees_the_command_line_and_the_path_that_python_gives_it(tmp_path):
+    """And not the folder that the command was started in."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "train.py").write_text(SEEN)
+    (tmp_path / "shadowed.py").write_text("raise SystemExit('found in the current folder')")
+
+    def seen(*command):
+        done = subprocess.run(
+            [sys.executable, *command, "project/train.py", "--version", "--drop-rate", "2", "--"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert "No module named 'shadowed'" in done.stderr.splitlines()[-1]
+        return done.stdout, done.returncode
+
+    assert seen("-m", "ssprop_patch", "run") == seen()
+
+
+def test_what_a_script_raises_is_shown_as_python_shows_it(script, tmp_path):
+    script.write_text(TRAIN + "    raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        convert(script, "--output", tmp_path / "a", "--epochs", 1)
+
+
 # --- what goes wrong is said --------------------------------------------------------------------
 
 
 def refusal(capsys, arguments):
     with pytest.raises(SystemExit) as ended:
-        run_converted.main([str(word) for word in arguments])
+        main(["run", *map(str, arguments)])
     assert ended.value.code not in (0, None)
     return f"{ended.value.code}{capsys.readouterr().err}"
 

@@ -1,0 +1,49 @@
+"""What importing the package brings with it: nothing that torch alone does not, and not a word."""
+
+import subprocess
+import sys
+
+BEGIN = """
+import sys, torch
+before = set(sys.modules)
+sys.modules["triton"] = None  # as where it is not installed: torch then warns of that
+import ssprop_patch as ssp
+
+def brought():
+    new = {n for n in set(sys.modules) - before if sys.modules[n] is not None}
+    return sorted(n for n in new if n.partition(".")[0] not in sys.stdlib_module_names)
+"""
+
+
+def run(code):
+    """Run code in a fresh process; return what it prints. It says nothing on standard error."""
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+def test_import_alone_brings_the_package_alone():
+    assert run("print(*brought())") == ["ssprop_patch"]
+
+
+def test_all_public_names_bring_nothing_but_the_package():
+    found = run("for name in ssp.__all__: getattr(ssp, name)\nprint(*brought())")
+    assert [name for name in found if name.partition(".")[0] != "ssprop_patch"] == []
+    assert "ssprop_patch.flops.count" in found
+
+
+USE = """
+model = ssp.convert(torch.nn.Conv2d(3, 8, 3), 0.5)
+ssp.summary(model, input_size=(1, 3, 8, 8))
+ssp.Meter(model, energy=False).close()
+print("torch.utils.flop_counter" in sys.modules)
+del sys.modules["triton"]
+import torch.utils.flop_counter as counter
+ssp.summary(model, input_size=(1, 3, 8, 8))
+print(*sorted(str(op) for op in counter.flop_registry if "ssprop" in str(op)))
+"""
+
+
+def test_torchs_counter_is_told_of_the_operators_only_if_it_is_there():
+    """Importing it brings Triton, or a warning that there is none."""
+    assert run(USE) == ["False", "ssprop_patch.conv_backward", "ssprop_patch.linear_backward"]
