@@ -1,4 +1,4 @@
-"""The networks that bench_step.py times: timm's, and the U-Net of a diffusion model."""
+"""The networks that are timed: timm's, a U-Net that segments, and that of a diffusion model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from unet import UNet as SegmentationUNet
 
-UNET = "unet2d_cifar10"
+#: The U-Net of DDPM, by diffusers; and one in plain torch that segments.
+UNET, SEGMENTATION = "unet2d_cifar10", "unet"
 
 
 class Network(NamedTuple):
@@ -33,15 +34,16 @@ class Network(NamedTuple):
         name, *numbers = text.split(":")
         if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
             raise ValueError(f"{text!r} is not NAME:BATCH:PIXELS, such as resnet18:16:128")
-        if name == UNET:
+        if name == SEGMENTATION:
+            if int(numbers[1]) % SegmentationUNet.DIVISOR:
+                raise ValueError(f"{text!r}: takes a multiple of {SegmentationUNet.DIVISOR} pixels")
+        elif name == UNET:
             if importlib.util.find_spec("diffusers") is None:
                 raise ValueError(f"{UNET} needs diffusers: pip install diffusers")
             if int(numbers[1]) % 8:
                 raise ValueError(f"{text!r}: {UNET} takes a multiple of 8 pixels")
-        elif not timm.is_model(name):
-            near = difflib.get_close_matches(name, [*timm.list_models(), UNET], n=3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(f"timm has no network {name!r}{hint}")
+        else:
+            _check_name(name)
         return cls(name, *map(int, numbers))
 
     @property
@@ -51,15 +53,35 @@ class Network(NamedTuple):
 
     def build(self) -> nn.Module:
         """Return the network with random weights."""
-        return UNet(self.pixels) if self.name == UNET else timm.create_model(self.name)
+        if self.name == SEGMENTATION:
+            return SegmentationUNet()
+        if self.name == UNET:
+            return UNet(self.pixels)
+        import timm
+
+        return timm.create_model(self.name)
 
     def loss(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the loss as a function of the output for the input ``x``: random targets."""
         if self.name == UNET:
             noise = torch.randn_like(x)
             return lambda out: F.mse_loss(out.float(), noise)
+        if self.name == SEGMENTATION:
+            of_pixels = torch.randint(2, (x.shape[0], *x.shape[2:]), device=x.device)
+            return lambda out: F.cross_entropy(out, of_pixels)
         classes = torch.randint(1000, x.shape[:1], device=x.device)
         return lambda out: F.cross_entropy(out, classes)
+
+
+def _check_name(name: str) -> None:
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"{name} needs timm: pip install timm")
+    import timm  # takes seconds, and the U-Nets do without
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*timm.list_models(), UNET, SEGMENTATION], n=3)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no network {name!r}{hint}")
 
 
 class UNet(nn.Module):

@@ -54,7 +54,17 @@ def of_the_package(tree: ast.AST) -> Iterator[str]:
 
 
 #: What looks inside on purpose: it measures, or checks, what the package is made of.
-INSIDE = {"breakdown.marks": {"ops.algorithms", "ops.native.build.library"}}
+INSIDE = {
+    "breakdown.marks": {"ops.algorithms", "ops.native.build.library"},
+    "gpu_run.kernels": {
+        "core.reference",
+        "core.geometry.ConvParams",
+        "core.selection.kept_channels",
+        "ops.channel_ops",
+        "ops.triton_kernels",
+    },
+    "gpu_run.steps": {"metering.energy.find_counter"},
+}
 
 #: What is no part of what is measured: files, text, command lines.
 HELPERS = ("_csv_table.", "_files.", "_progress.", "_text.", "cli.options.")
