@@ -207,7 +207,7 @@ def _enter(around: _Place, name: str) -> _Place:
     if name == WHOLE:
         return around._replace(mark=ROWS)
     if name.startswith(MARK):
-        return around._replace(mark=name.removeprefix(MARK), whole=None)
+        return around._replace(mark=name.removeprefix(MARK))
     if name in _SPARSE_NODES:
         return around._replace(sparse=True)
     if name in _WHOLES and around.whole is None:

@@ -56,6 +56,7 @@ ENGINE = "autograd::engine::evaluate_function: AddBackward0"
     [
         ((FORWARD, "aten::conv2d", "aten::mkldnn_convolution", "aten::copy_"), kinds.FORWARD),
         ((FORWARD, "aten::cross_entropy_loss", "aten::sum"), kinds.LOSS),
+        ((FORWARD, "aten::layer_norm", "aten::mean"), kinds.NORM),
         ((FORWARD, "aten::add_"), kinds.ADDITION),
         ((FORWARD,), kinds.PYTHON),
         ((BACKWARD, ENGINE), kinds.PYTHON),
@@ -137,6 +138,11 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
+def has_own_backward() -> bool:
+    name = "aten::convolution_backward"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
 def network(**rule) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -171,6 +177,8 @@ def test_marks_change_no_gradient_and_come_off(rule):
     with marks.marked():
         found = gradients(network(**rule), x)
         assert all(vars(h)[n] is not before[p] for p in before for h, n in [marks._find(p)])
+        assert has_own_backward()
+    assert not has_own_backward()
     assert all(map(torch.equal, plain, found))
     assert all(vars(h)[n] is before[p] for p in before for h, n in [marks._find(p)])
     library = build.library("float")
