@@ -111,8 +111,6 @@ _SINGLE = {
     **_named(ADDITION, "add add_"),
     # Channels of the weight; nothing else in a step indexes.
     **_named(GATHERING, "index_select index_copy_ gather scatter_"),
-    # What the remainder leaves to the kept channels.
-    **_named(COARSE, "index_fill index_fill_"),
     **_named(
         ELEMENTWISE,
         "mul mul_ div div_ sub sub_ neg neg_ sum pow square sqrt rsqrt exp abs where lt gt eq ne "

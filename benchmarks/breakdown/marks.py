@@ -69,9 +69,9 @@ PYTHON_FUNCTIONS: dict[str, tuple[str, ...]] = {
         "core.coarse.CoarseTwin.__init__",
         "core.coarse.CoarseTwin.pool_output",
         "core.coarse.CoarseTwin.backward",
-        "core.coarse.CoarseTwin.add_taps",
         "core.coarse.CoarseTwin.spread_taps",
-        "ops.coarse_twin.FastCells.add_spread",
+        "ops.coarse_twin.FastTwin.add",
+        "ops.coarse_twin.FastTwin.add_others",
     ),
 }
 #: The C functions, which the profiler does not see.
@@ -84,6 +84,8 @@ C_FUNCTIONS = {
     "put_sums": GATHERING,
     "sum_cells": COARSE,
     "add_cells": COARSE,
+    "sum_taps": COARSE,
+    "put_taps": COARSE,
     "rows_backward": ROWS,
     "norm_sums": NORM,
     "norm_input_grad": NORM,
