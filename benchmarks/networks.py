@@ -1,9 +1,10 @@
-"""The networks that bench_step.py times: timm's, and the U-Net of a diffusion model."""
+"""The networks that are timed whole: timm's, the U-Net of a diffusion model, and one in 3-D."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from unet3d import UNet3d
 
 UNET = "unet2d_cifar10"
+_UNET3D = re.compile(r"unet3d_(\d+)")  # and its narrowest width
 
 
 class Network(NamedTuple):
-    """A network, and the size of its input, (batch, 3, pixels, pixels)."""
+    """A network, and the size of its input, (batch, 3, pixels, pixels) or, in 3-D, a cube."""
 
     name: str
     batch: int
@@ -38,6 +41,9 @@ class Network(NamedTuple):
                 raise ValueError(f"{UNET} needs diffusers: pip install diffusers")
             if int(numbers[1]) % 8:
                 raise ValueError(f"{text!r}: {UNET} takes a multiple of 8 pixels")
+        elif _UNET3D.fullmatch(name):
+            if int(numbers[1]) % UNet3d.MULTIPLE:
+                raise ValueError(f"{text!r}: {name} takes a multiple of {UNet3d.MULTIPLE} pixels")
         elif not timm.is_model(name):
             near = difflib.get_close_matches(name, [*timm.list_models(), UNET], n=3)
             hint = f"; the nearest names are {', '.join(near)}" if near else ""
@@ -45,17 +51,27 @@ class Network(NamedTuple):
         return cls(name, *map(int, numbers))
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of the input."""
+        if self.width:
+            return self.batch, 1, self.pixels, self.pixels, self.pixels
         return self.batch, 3, self.pixels, self.pixels
+
+    @property
+    def width(self) -> int:
+        """Of a 3-D U-Net, channels of its first layers; 0 of another network."""
+        found = _UNET3D.fullmatch(self.name)
+        return int(found[1]) if found else 0
 
     def build(self) -> nn.Module:
         """Return the network with random weights."""
+        if self.width:
+            return UNet3d(self.width)
         return UNet(self.pixels) if self.name == UNET else timm.create_model(self.name)
 
     def loss(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the loss as a function of the output for the input ``x``: random targets."""
-        if self.name == UNET:
+        if self.name == UNET or self.width:
             noise = torch.randn_like(x)
             return lambda out: F.mse_loss(out.float(), noise)
         classes = torch.randint(1000, x.shape[:1], device=x.device)
