@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.geometry import ConvParams
+from ..core.operations import DxDw
 from ..core.rule import BackwardRule, ranks
 from . import autotune
 from .channel_gradients import AllChannels
@@ -16,8 +17,6 @@ from .pointwise import is_pointwise
 
 #: Whether dX and dW are needed.
 Needs = tuple[bool, bool]
-#: dX and dW.
-DxDw = tuple[Tensor | None, Tensor | None]
 
 
 def mix(t: Tensor, matrices: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from native_checks import needs_compiler
 
 import ssprop_patch
 from ssprop_patch.ops import channel_ops, native
-from ssprop_patch.ops.native import build
+from ssprop_patch.ops.native import batch_norm, build
 from ssprop_patch.ops.native.cell_shape import CellShape
 from ssprop_patch.ops.native.conv_shape import ConvShape
 
@@ -171,7 +171,9 @@ def type_of(parameter):
 def test_python_calls_what_the_header_declares():
     declared = {name: tuple(map(type_of, parameters)) for name, parameters in prototypes()}
     declared.pop("cells_of_rows")  # only C calls it
-    assert declared == {**build._PASSES, **build._CONV} and len(declared) == 15
+    assert declared == {**build._PASSES, **build._CONV} and len(declared) == 17
+    block = re.search(r"#define BLOCK (\d+)", (CSRC / "common.h").read_text())
+    assert block is not None and int(block[1]) == batch_norm._BLOCK
 
 
 @needs_compiler

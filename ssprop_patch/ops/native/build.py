@@ -54,6 +54,8 @@ _PASSES = {
     "put_sums": (_POINTER, _INT64, _POINTER, *[_INT64] * 3, _POINTER, _INT),
     "sum_cells": (_POINTER, _CELLS, *[_POINTER] * 2, _INT),
     "add_cells": (_POINTER, _CELLS, _POINTER, _INT),
+    "sum_taps": (_POINTER, _POINTER, *[_INT64] * 4, _INT, _POINTER, _POINTER, _INT),
+    "put_taps": (_POINTER, _POINTER, *[_INT64] * 4, _INT, _POINTER, _POINTER, _INT),
     "rows_backward": (*[_POINTER] * 4, *[_INT64] * 4, *[_POINTER] * 3, _INT),
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, _CELLS, *[_POINTER] * 4, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
@@ -66,7 +68,7 @@ _CONV = {
 }
 # Files and functions. What those return that can fail, tensors.check understands.
 _LIBRARIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
-    "passes": (("channel_ops.c", "batch_norm.c", "cells.c", "rows.c"), _PASSES),
+    "passes": (("channel_ops.c", "batch_norm.c", "cells.c", "taps.c", "rows.c"), _PASSES),
     "conv": (("conv.c", "conv_backward.c", "channel_ops.c", "rows.c"), _CONV),
 }
 
