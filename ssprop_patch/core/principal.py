@@ -203,13 +203,13 @@ class Subspace:
         passes: Backward passes so far.
         calls: Backward calls of this object so far.
         last: Which directions the weight gradient of the last call lies along, ``"dy"`` or
-            ``"dw"``, and these; None if it may be any.
+            ``"dw"``, these, and the dtype that it was computed in; None if it may be any.
     """
 
     def __init__(self, settings: Principal | None = None) -> None:
         self.settings = settings or Principal()
         self.passes = self.calls = 0
-        self.last: tuple[Literal["dy", "dw"], Tensor] | None = None
+        self.last: tuple[Literal["dy", "dw"], Tensor, torch.dtype] | None = None
         self.bases: dict[str, Basis] = {}
         self._task = -1
         self.lock = threading.Lock()  # held while directions are asked for, or refreshed

@@ -87,6 +87,7 @@ class Directions(NamedTuple):
 
     kind: Literal["dy", "dw"]
     vectors: Tensor  # (groups, C, k) of "dy", (groups, n, r) of "dw"
+    dtype: torch.dtype  # in which the gradient was computed
     transposed: bool
 
     def shrink(self, grad: Tensor) -> Tensor:
@@ -164,13 +165,10 @@ def _as_laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.as_strided(parameter.shape, parameter.stride())
 
 
-def _stray(grad: Tensor, rest: Tensor) -> Tensor:
+def _stray(grad: Tensor, rest: Tensor, computed_in: torch.dtype) -> Tensor:
     """Return 1 if ``rest`` is more of ``grad`` than rounding leaves, else 0; 0 if not finite."""
-    share = _ROUNDING.get(grad.dtype, _ROUNDING_OF_FEW_BITS)
-    if grad.dtype is torch.float32 and (
-        torch.is_autocast_enabled(grad.device.type)
-        or torch.get_float32_matmul_precision() != "highest"
-    ):
+    share = max(_ROUNDING.get(t, _ROUNDING_OF_FEW_BITS) for t in (grad.dtype, computed_in))
+    if grad.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         share = _ROUNDING_OF_FEW_BITS
     return (rest.norm() > share * grad.norm()).to(grad.dtype)
 
@@ -200,7 +198,8 @@ class Compression:
             way = None if weight is None else weight.directions(self._group)
             if weight is not None and way is not None and weight.lies_along is not False:
                 small = way.shrink(grad)
-                stray = _stray(grad, grad - way.spread(small, grad.shape))
+                rest = grad - way.spread(small, grad.shape)
+                stray = _stray(grad, rest, way.dtype)
                 if weight.lies_along:
                     weight.check(stray)
                     pieces.append(small)

@@ -1,5 +1,7 @@
 """``integrations.ddp.compress``: what is sent is smaller, and what comes out is the same."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 from patching.by_reference import TYPES, images, loss, make
@@ -99,6 +101,27 @@ def whatever_the_buckets():
 def weights_in_channels_last():
     shares, _ = check_training(new=lambda: make().to(memory_format=torch.channels_last))
     assert shares[-1] < 0.36
+
+
+@check
+def in_float32_and_under_autocast():
+    def net():
+        return small().float()
+
+    def step(ddp, seed, enabled=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ddp(mine(seed).float()).float()
+        (out * torch.linspace(0.1, 1, 64)).square().sum().backward()
+
+    for enabled, tolerance in ((False, 1e-5), (True, 2e-2)):
+        run = functools.partial(step, enabled=enabled)
+        expected, _ = train(wrapped(False, new=net)[0], step=run)
+        ddp, state = wrapped(True, new=net)
+        found, shares = train(ddp, state, step=run)
+        assert all(lying_along(state).values()) and shares[-1] < 0.45
+        for ours, whole in zip(found, expected, strict=True):
+            for name, grad in whole.items():
+                assert (ours[name] - grad).norm() <= tolerance * grad.norm(), name
 
 
 @check
