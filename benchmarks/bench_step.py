@@ -63,7 +63,8 @@ def measure(
 ) -> list[Row]:
     """Return the CSV rows of one network; ``converted`` instead of the sides that ``args`` name."""
     device = torch.device(args.device)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    last = torch.channels_last_3d if len(network.shape) == 5 else torch.channels_last
+    layout = last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
     dense = network.build().to(device, memory_format=layout).train()
     x = torch.randn(network.shape, device=device).contiguous(memory_format=layout)

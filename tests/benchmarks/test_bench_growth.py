@@ -101,6 +101,15 @@ def test_what_is_slower_or_larger_than_dense_is_marked():
     assert "0.600 !" not in line
 
 
+def test_volumes_in_channels_last(monkeypatch, tmp_path):
+    panels = {"3-D, resolution": ("unet3d_16:1:16",)}
+    monkeypatch.setattr(bench_growth, "PANELS", panels)
+    output = tmp_path / "growth.csv"
+    options = ["--iterations", "1", "--warmup", "1", "--channels-last", "--output", str(output)]
+    assert bench_growth.main(options) == 0
+    assert {r.memory_format for r in schema.read(output)} == {"channels_last_3d"}
+
+
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match="no row of a network"):
         growth_picture.draw([])
