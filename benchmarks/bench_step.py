@@ -28,15 +28,15 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import torch
-from arguments import KINDS, add_timing, measure_all
-from networks import UNET, Network, classifiers
+from arguments import KINDS, add_conversion, add_networks, add_timing, measure_all
+from networks import Network, classifiers
 from rich.console import Console
 from rich.table import Table
 from rows import Row, Setting, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
-from ssprop_patch.cli.options import SELECTIONS, Parser, count, reader
+from ssprop_patch.cli.options import Parser
 from ssprop_patch.timing import MODES, alternate, training_step
 
 # name:batch:pixels, what a small machine trains in a second or so
@@ -274,39 +274,10 @@ def show_rules(rows: Sequence[Row], console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--network",
-        type=reader(Network.parse),
-        nargs="+",
-        default=[Network.parse(text) for text in NETWORKS],
-        metavar="NAME:BATCH:PIXELS",
-        help=f"of timm, {UNET}, or unet3d_WIDTH",
-    )
-    parser.add_argument(
-        "--types",
-        type=str.lower,
-        choices=KINDS,
-        nargs="+",
-        default=[],
-        metavar="CLASS",
-        help="convert these classes of layers, too: linear, "
-        "convtranspose2d, ...; a linear classifier stays dense",
-    )
-    parser.add_argument("--selection", nargs="+", default=["l1"], choices=SELECTIONS)
-    parser.add_argument(
-        "--remainder",
-        nargs="+",
-        type=lambda text: None if text == "none" else text,
-        default=[None],
-        choices=(None, "coarse"),
-        metavar="{none,coarse}",
-    )
-    parser.add_argument(
-        "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
-    )
+    add_networks(parser, NETWORKS)
+    add_conversion(parser)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
     parser.add_argument(
         "--measured-plan",
         action="store_true",

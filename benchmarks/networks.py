@@ -1,4 +1,4 @@
-"""The networks that are timed whole: timm's, the U-Net of a diffusion model, and one in 3-D."""
+"""The networks that are timed: timm's, U-Nets that segment, and that of a diffusion model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from unet import UNet as SegmentationUNet
 from unet3d import UNet3d
 
-UNET = "unet2d_cifar10"
-_UNET3D = re.compile(r"unet3d_(\d+)")  # and its narrowest width
+#: The U-Net of DDPM, by diffusers; and one in plain torch that segments.
+UNET, SEGMENTATION = "unet2d_cifar10", "unet"
+_UNET3D = re.compile(r"unet3d_(\d+)")  # of volumes, and its narrowest width
 
 
 class Network(NamedTuple):
@@ -36,7 +37,10 @@ class Network(NamedTuple):
         name, *numbers = text.split(":")
         if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
             raise ValueError(f"{text!r} is not NAME:BATCH:PIXELS, such as resnet18:16:128")
-        if name == UNET:
+        if name == SEGMENTATION:
+            if int(numbers[1]) % SegmentationUNet.DIVISOR:
+                raise ValueError(f"{text!r}: takes a multiple of {SegmentationUNet.DIVISOR} pixels")
+        elif name == UNET:
             if importlib.util.find_spec("diffusers") is None:
                 raise ValueError(f"{UNET} needs diffusers: pip install diffusers")
             if int(numbers[1]) % 8:
@@ -44,10 +48,8 @@ class Network(NamedTuple):
         elif _UNET3D.fullmatch(name):
             if int(numbers[1]) % UNet3d.MULTIPLE:
                 raise ValueError(f"{text!r}: {name} takes a multiple of {UNet3d.MULTIPLE} pixels")
-        elif not timm.is_model(name):
-            near = difflib.get_close_matches(name, [*timm.list_models(), UNET], n=3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(f"timm has no network {name!r}{hint}")
+        else:
+            _check_name(name)
         return cls(name, *map(int, numbers))
 
     @property
@@ -67,15 +69,35 @@ class Network(NamedTuple):
         """Return the network with random weights."""
         if self.width:
             return UNet3d(self.width)
-        return UNet(self.pixels) if self.name == UNET else timm.create_model(self.name)
+        if self.name == SEGMENTATION:
+            return SegmentationUNet()
+        if self.name == UNET:
+            return UNet(self.pixels)
+        import timm
+
+        return timm.create_model(self.name)
 
     def loss(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the loss as a function of the output for the input ``x``: random targets."""
         if self.name == UNET or self.width:
             noise = torch.randn_like(x)
             return lambda out: F.mse_loss(out.float(), noise)
+        if self.name == SEGMENTATION:
+            of_pixels = torch.randint(2, (x.shape[0], *x.shape[2:]), device=x.device)
+            return lambda out: F.cross_entropy(out, of_pixels)
         classes = torch.randint(1000, x.shape[:1], device=x.device)
         return lambda out: F.cross_entropy(out, classes)
+
+
+def _check_name(name: str) -> None:
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"{name} needs timm: pip install timm")
+    import timm  # takes seconds, and the U-Nets do without
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*timm.list_models(), UNET, SEGMENTATION], n=3)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no network {name!r}{hint}")
 
 
 class UNet(nn.Module):
