@@ -28,7 +28,7 @@ def add_networks(parser: argparse.ArgumentParser, default: Sequence[str]) -> Non
         nargs="+",
         default=[Network.parse(text) for text in default],
         metavar="NAME:BATCH:PIXELS",
-        help=f"of timm, or {UNET}",
+        help=f"of timm, {UNET}, or unet3d_WIDTH",
     )
 
 

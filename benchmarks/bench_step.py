@@ -4,6 +4,7 @@ python benchmarks/bench_step.py                                   # the table of
 python benchmarks/bench_step.py --network vit_tiny_patch16_224:8:224 --types linear
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
 python benchmarks/bench_step.py --network unet2d_cifar10:4:32     # the U-Net of DDPM (diffusers)
+python benchmarks/bench_step.py --network unet3d_16:1:48           # a U-Net of 16 and more channels
 python benchmarks/bench_step.py --selection l1 principal --remainder none coarse
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
@@ -53,16 +54,23 @@ NETWORKS = (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what is converted if no types are named
 
 
-def measure(network: Network, args: argparse.Namespace) -> list[Row]:
-    """Return the CSV rows of one network."""
+#: Rate, selection and remainder of converted networks, by the names of their sides.
+Sides = dict[str, tuple[float, str, str | None]]
+
+
+def measure(
+    network: Network, args: argparse.Namespace, converted: Sides | None = None
+) -> list[Row]:
+    """Return the CSV rows of one network; ``converted`` instead of the sides that ``args`` name."""
     device = torch.device(args.device)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    last = torch.channels_last_3d if len(network.shape) == 5 else torch.channels_last
+    layout = last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
     dense = network.build().to(device, memory_format=layout).train()
     x = torch.randn(network.shape, device=device).contiguous(memory_format=layout)
     loss = network.loss(x)
     sides = {"dense": dense}
-    for side, (rate, selection, remainder) in sparse_sides(args).items():
+    for side, (rate, selection, remainder) in (converted or sparse_sides(args)).items():
         sides[side] = make_sparse(dense, rate, args, selection, remainder)
     if args.measured_plan:
         rule = args.selection[0], args.remainder[0]
@@ -101,7 +109,7 @@ def has_rules(args: argparse.Namespace) -> bool:
     return len(args.selection) * len(args.remainder) > 1
 
 
-def sparse_sides(args: argparse.Namespace) -> dict[str, tuple[float, str, str | None]]:
+def sparse_sides(args: argparse.Namespace) -> Sides:
     """Return rate, selection and remainder of each converted side."""
     rules = list(itertools.product(args.selection, args.remainder))
     if not has_rules(args):

@@ -1,9 +1,10 @@
-"""The networks that are timed: timm's, a U-Net that segments, and that of a diffusion model."""
+"""The networks that are timed: timm's, U-Nets that segment, and that of a diffusion model."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from unet import UNet as SegmentationUNet
+from unet3d import UNet3d
 
 #: The U-Net of DDPM, by diffusers; and one in plain torch that segments.
 UNET, SEGMENTATION = "unet2d_cifar10", "unet"
+_UNET3D = re.compile(r"unet3d_(\d+)")  # of volumes, and its narrowest width
 
 
 class Network(NamedTuple):
-    """A network, and the size of its input, (batch, 3, pixels, pixels)."""
+    """A network, and the size of its input, (batch, 3, pixels, pixels) or, in 3-D, a cube."""
 
     name: str
     batch: int
@@ -42,17 +45,30 @@ class Network(NamedTuple):
                 raise ValueError(f"{UNET} needs diffusers: pip install diffusers")
             if int(numbers[1]) % 8:
                 raise ValueError(f"{text!r}: {UNET} takes a multiple of 8 pixels")
+        elif _UNET3D.fullmatch(name):
+            if int(numbers[1]) % UNet3d.MULTIPLE:
+                raise ValueError(f"{text!r}: {name} takes a multiple of {UNet3d.MULTIPLE} pixels")
         else:
             _check_name(name)
         return cls(name, *map(int, numbers))
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of the input."""
+        if self.width:
+            return self.batch, 1, self.pixels, self.pixels, self.pixels
         return self.batch, 3, self.pixels, self.pixels
+
+    @property
+    def width(self) -> int:
+        """Of a 3-D U-Net, channels of its first layers; 0 of another network."""
+        found = _UNET3D.fullmatch(self.name)
+        return int(found[1]) if found else 0
 
     def build(self) -> nn.Module:
         """Return the network with random weights."""
+        if self.width:
+            return UNet3d(self.width)
         if self.name == SEGMENTATION:
             return SegmentationUNet()
         if self.name == UNET:
@@ -63,7 +79,7 @@ class Network(NamedTuple):
 
     def loss(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the loss as a function of the output for the input ``x``: random targets."""
-        if self.name == UNET:
+        if self.name == UNET or self.width:
             noise = torch.randn_like(x)
             return lambda out: F.mse_loss(out.float(), noise)
         if self.name == SEGMENTATION:

@@ -81,6 +81,7 @@ def output_basis(dy: Tensor, groups: int, k: int, rule: BackwardRule) -> tuple[T
         if refresh or not basis.fits(k):
             basis.turn(k, subspace.settings.energy, subspace.is_warm)
         assert basis.vectors is not None
+        subspace.last = "dy", basis.vectors, dy.dtype
         return basis.vectors, refresh
 
 
@@ -184,6 +185,7 @@ def input_bases(
             if basis is not None and not basis.fits(rank):
                 basis.turn(rank, subspace.settings.energy, subspace.is_warm)
             found.append(None if basis is None else basis.vectors)
+        subspace.last = None if found[1] is None else ("dw", found[1], w.dtype)
         return InputBases(*found)
 
 

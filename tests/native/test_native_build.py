@@ -129,13 +129,13 @@ def test_no_reason_where_they_work(recwarn):
 
 @needs_compiler
 @pytest.mark.usefixtures("fresh_build")
-def test_it_compiles_in_silence():
+def test_one_line_is_all_that_is_said():
     # In a process of its own, with every warning an error.
     code = "from ssprop_patch.ops.native import build; print(build.library('float'))"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
     )
-    assert "CDLL" in done.stdout and not done.stderr
+    assert "CDLL" in done.stdout and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="other compilers warn of other things")
