@@ -14,18 +14,6 @@ from .selection import ScoreFn, l1_scores, resolve_selection, selectable_channel
 #: What would cost more than this share of the dense gradient is not done.
 PAYS = 0.95
 
-Family = Literal["ordinary", "pointwise", "grouped", "depthwise"]
-#: Multiply-adds of dW that one call has to spare. Of fewer, choosing channels takes as long as it
-#: saves (it costs about the same in all small layers), and the gradient is the dense one. They
-#: depend on sizes alone, so that a gradient does not depend on the machine; 0 is never. To be set
-#: from times: benchmarks/README.md says how.
-FEWEST_SPARED: dict[Family, float] = {
-    "ordinary": 0,
-    "pointwise": 0,
-    "grouped": 0,
-    "depthwise": 0,
-}
-
 
 class BackwardRule(NamedTuple):
     """What of one layer's gradient goes back.
@@ -124,15 +112,6 @@ class Extent(NamedTuple):
         return self.groups == self.channels > 1
 
     @property
-    def family(self) -> Family:
-        """Which of the layers that cost alike."""
-        if self.is_depthwise:
-            return "depthwise"
-        if self.groups > 1:
-            return "grouped"
-        return "pointwise" if self.taps == 1 else "ordinary"
-
-    @property
     def choices(self) -> int:
         """How many sets of channels there are, in each of which as many are kept."""
         return self.channels // selectable_channels(self.channels, self.groups)
@@ -181,19 +160,11 @@ class BackwardKind(NamedTuple):
 TOP_K = BackwardKind()
 
 
-def spares_little(rule: BackwardRule, extent: Extent, k: int) -> bool:
-    """Whether a call spares less than :data:`FEWEST_SPARED`, so that its gradient is dense."""
-    if rule.is_shared:  # what several processes do together must not depend on the batch of one
-        return False
-    kept = k * extent.choices / extent.channels
-    return extent.macs * (1 - kept) < FEWEST_SPARED[extent.family]
-
-
 def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
     """Return what a call computes that keeps ``k`` channels, or directions, of each choice."""
     rest = extent.coarse_share if rule.block else 0.0
     # Nothing to compute; or the rest would be the exact gradient at its price.
-    if not extent.macs or rest >= 1 or spares_little(rule, extent, k):
+    if not extent.macs or rest >= 1:
         return BackwardKind("all")
     group = extent.channels // extent.groups
     if rule.subspace is not None and not extent.is_depthwise:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.rule import BackwardRule, Extent, kind_of, spares_little
+from ..core.rule import BackwardRule, Extent, kind_of
 from ..core.selection import selectable_channels
 from ..ops import custom_ops
 from ..schedule.settings import settings_of
@@ -39,8 +39,7 @@ def _conv_operator_flops(
     k = settings.kept(each, float(rate))
     if not settings.rule.is_top_k:
         return _rule_flops(dy, x, w, groups, transposed, settings.rule, k, output_mask)
-    extent = Extent.of(x.shape, w.shape, dy.shape, groups, transposed)
-    kept = channels if spares_little(settings.rule, extent, k) else k * (channels // each)
+    kept = k * (channels // each)
     at = x if transposed else dy  # where the kernel is applied
     macs = at.numel() // at.shape[1] * w.numel() // channels * kept
     return 2 * macs * (output_mask[0] + output_mask[1])
@@ -74,8 +73,6 @@ def _linear_operator_flops(
     kept = settings.kept(w.shape[0], float(rate))
     if not settings.rule.is_top_k:
         return _rule_flops(dy, x, w, 1, False, settings.rule, kept, output_mask)
-    if spares_little(settings.rule, Extent.of(x.shape, w.shape, dy.shape, 1), kept):
-        kept = w.shape[0]
     return 2 * (dy.numel() // w.shape[0] * kept * w.shape[1]) * (output_mask[0] + output_mask[1])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.geometry import ConvParams
 from ..core.operations import Grads, OutputMask
 from ..core.reference import dense_backward
-from ..core.rule import FEWEST_SPARED, BackwardKind, BackwardRule, Extent, spares_little
+from ..core.rule import BackwardRule
 from ..core.selection import selectable_channels
 from ..schedule.call_observer import CallObserver
 from . import autotune
@@ -59,10 +59,6 @@ def sparse_backward(
         return dense_backward(dy, x, w, p, output_mask)
     if not rule.is_top_k:
         return whole_backward(dy, x, w, p, k, rule, output_mask, observer)
-    if _spares_little(dy, x, w, p.groups, p.transposed, k, rule):
-        if observer is not None:
-            observer.backward(x, w, dy, k, output_mask, BackwardKind("all"))
-        return dense_backward(dy, x, w, p, output_mask)
     if observer is not None:
         observer.backward(x, w, dy, k, output_mask)
     if p.transposed:  # of others it is seen when C functions are asked for
@@ -75,14 +71,6 @@ def sparse_backward(
         observer.selected(kept.index)
         observer.computed(str(algorithms))
     return grads
-
-
-def _spares_little(
-    dy: Tensor, x: Tensor, w: Tensor, groups: int, transposed: bool, k: int, rule: BackwardRule
-) -> bool:
-    if not any(FEWEST_SPARED.values()):
-        return False
-    return spares_little(rule, Extent.of(x.shape, w.shape, dy.shape, groups, transposed), k)
 
 
 def _scatter_rows(rows: Tensor, size: int, index: Tensor) -> Tensor:
@@ -114,8 +102,6 @@ def linear_backward(
     """
     if not rule.is_top_k and k < w.shape[0]:
         return whole_linear_backward(dy, x, w, k, rule, output_mask, observer)
-    if k < w.shape[0] and _spares_little(dy, x, w, 1, False, k, rule):
-        k = w.shape[0]
     if observer is not None:
         observer.backward(x, w, dy, k, output_mask)
     need_x, need_w, need_b = output_mask
