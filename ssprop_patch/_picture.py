@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -12,6 +13,11 @@ class Picture(Figure):
 
     matplotlib registers how figures show with IPython only once pyplot is imported.
     """
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        """Write the figure on its own ground: that of the settings may be dark, as letters are."""
+        kwargs = {"facecolor": self.get_facecolor(), "transparent": False, **kwargs}
+        super().savefig(*args, **kwargs)
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()

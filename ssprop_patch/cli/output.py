@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 from .._csv_table import csv_lines
-from .._files import replacing
 from .errors import CommandError, one_line
 
 
@@ -41,8 +40,7 @@ def plot(draw: Callable[[ModuleType], Any], path: Path) -> None:
     if not path.suffix:  # as matplotlib names it
         path = path.with_name(f"{path.name}.png")
     try:
-        with replacing(path) as beside:
-            figure.savefig(beside, bbox_inches="tight", format=path.suffix[1:])
+        plots.style.write(figure, path)
     except (OSError, ValueError) as error:  # no such folder; no such format
         raise CommandError(f"--plot {path}: {one_line(error)}") from error
     print(f"wrote {path}")
