@@ -12,24 +12,25 @@ of what was measured several times in one, the last counts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rows import Row, Setting, read
 
-from ssprop_patch._files import replacing
 from ssprop_patch.cli.options import Parser
+from ssprop_patch.plots import style
 
-# Told apart by eyes that see few colours (Okabe and Ito); the sides by their markers, in grey too.
-_COLOURS = {"backward": "#0072B2", "step": "#D55E00", "both": "#D55E00"}
+_COLOURS = {"backward": style.SPARSE, "step": style.COLOURS[2], "both": style.COLOURS[2]}
 _MARKERS = {"sparse": "o", "plan": "s"}
-_LABELS = {"backward": "backward", "step": "whole step", "both": "forward and backward"}
-_WIDTH, _LINE, _AROUND = 9.5, 0.42, 1.2  # inches: the picture, a line of it, a panel's title, axis
+_LABELS = {"backward": "backward", "step": "whole step", "both": "both passes"}
+_COLUMNS, _MOST = 3, 40  # panels side by side, lines in one
+_LINE, _AROUND = 0.34, 1.2  # inches: a line, and what is above and below all lines
+_LEGEND = 1.4  # lines
+_LIMIT = {"marker": "|", "markersize": 9, "markeredgewidth": 1.8, "linestyle": "none"}
 
 
 class Point(NamedTuple):
@@ -39,21 +40,49 @@ class Point(NamedTuple):
     mode: str
 
 
-Lines = dict[tuple[str, str], dict[Point, Row]]  # by name and shape
+class Panel(NamedTuple):
+    """What all that is in a panel has in common, in words."""
+
+    kind: str
+    device: str
+    threads: str
+    torch: str
+    dtype: str
+    memory_format: str
+    rule: str
+    options: str
+
+    @classmethod
+    def of(cls, setting: Setting, kind: str) -> Panel:
+        """Return where rows of a setting belong."""
+        return cls(
+            kind,
+            setting.device,
+            f"threads: {setting.threads}",
+            f"torch {setting.torch}",
+            setting.dtype,
+            setting.memory_format,
+            f"drop rate {setting.drop_rate:g} by {setting.selection}",
+            setting.options,
+        )
 
 
-def panels(rows: Sequence[Row]) -> dict[str, Lines]:
-    """Return what each panel shows, by its title.
+Name = tuple[str, str]  # and shape
+Lines = dict[Name, dict[Point, Row]]
+
+
+def panels(rows: Sequence[Row]) -> dict[Panel, Lines]:
+    """Return what each panel shows.
 
     Raises:
         ValueError: If no row is of a side that is drawn.
     """
-    found: dict[str, Lines] = {}
+    found: dict[Panel, Lines] = {}
     layers = {row.setting for row in rows if row.mode == "both"}
     for row in rows:
         if row.side in _MARKERS and row.mode in _COLOURS:
-            kind = "single layers" if row.setting in layers else "networks"
-            lines = found.setdefault(f"{kind}; {_title(row)}", {})
+            panel = Panel.of(row.setting, "layers" if row.setting in layers else "networks")
+            lines = found.setdefault(panel, {})
             lines.setdefault((row.name, row.shape), {})[Point(row.side, row.mode)] = row
     if not found:
         raise ValueError("there is no row of a sparse side to draw")
@@ -67,41 +96,79 @@ def draw(rows: Sequence[Row]) -> Figure:
         ValueError: If no row is of a side that is drawn.
     """
     shown = panels(rows)
-    heights = [_LINE * len(lines) + _AROUND for lines in shown.values()]
-    figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (title, lines) in zip(all_axes, shown.items(), strict=True):
-        axes.set_title(title, fontsize=9)
-        _panel(axes, lines)
+    most = max(row.share_of_dense * row.p80_ms / row.p50_ms for row in _rows(shown))
+    groups = list(_grouped(shown))
+    heights = [_LINE * len(names) + _AROUND for names, _ in groups]
+    columns = max(len(some) for _, some in groups)
+    with style.context():
+        figure = style.figure(0.4 + sum(heights))
+        grid = figure.subplots(
+            len(groups),
+            columns,
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            height_ratios=heights,
+        )
+        for (names, some), line in zip(groups, grid, strict=True):
+            for axes, panel in zip(line, some, strict=False):
+                style.tidy(axes)
+                axes.tick_params(labelbottom=True)
+                _panel(axes, names, shown[panel])
+                title = style.wrapped(_words(panel, shown), 2.2, style.TEXT)
+                axes.set_title(title, fontsize=style.TEXT, loc="left")
+            for axes in line[len(some) :]:
+                axes.remove()
+            points = {point for panel in some for each in shown[panel].values() for point in each}
+            _legend(line[0], len(names), sorted(points))
+        grid[0][0].set_xlim(0, 1.04 * max(most, 1))
+        same = ", ".join(
+            part for part, *others in zip(*shown, strict=True) if part and _alike(part, others)
+        )
+        figure.suptitle(style.wrapped(f"Times as a share of dense: {same}", style.WIDTH, 10))
     return figure
 
 
-def _title(setting: Setting) -> str:
-    machine = (setting.device, f"threads: {setting.threads}", f"torch {setting.torch}")
-    how = (
-        setting.dtype,
-        setting.memory_format,
-        f"drop rate {setting.drop_rate:g} by {setting.selection}",
-        setting.options,
-    )
-    return ", ".join(machine) + "\n" + ", ".join(filter(None, how))
+def _rows(shown: dict[Panel, Lines]) -> Iterator[Row]:
+    for lines in shown.values():
+        for line in lines.values():
+            yield from line.values()
 
 
-def _panel(axes: Axes, lines: Lines) -> None:
+def _grouped(shown: dict[Panel, Lines]) -> Iterator[tuple[list[Name], list[Panel]]]:
+    """Yield what stands side by side: the names of its lines, and its panels."""
+    places: dict[tuple[str, ...], list[Panel]] = {}
+    for panel in shown:
+        places.setdefault(panel[:4], []).append(panel)
+    for some in places.values():
+        for at in range(0, len(some), _COLUMNS):
+            beside = some[at : at + _COLUMNS]
+            names = list(dict.fromkeys(name for panel in beside for name in shown[panel]))
+            for first in range(0, len(names), _MOST):
+                yield names[first : first + _MOST], beside
+
+
+def _alike(part: str, others: Sequence[str]) -> bool:
+    return all(other == part for other in others)
+
+
+def _words(panel: Panel, shown: dict[Panel, Lines]) -> str:
+    """Return what a panel does not share with all others."""
+    parts = zip(panel, zip(*shown, strict=True), strict=True)
+    return ", ".join(part for part, all_parts in parts if part and not _alike(part, all_parts))
+
+
+def _panel(axes: Axes, names: Sequence[Name], lines: Lines) -> None:
     points = sorted({point for line in lines.values() for point in line})
-    for at, line in enumerate(lines.values()):
+    for at, name in enumerate(names):
+        line = lines.get(name, {})
         for i, point in enumerate(points):
             if point in line:
-                _mark(axes, line[point], at + 0.6 * ((i + 0.5) / len(points) - 0.5))
-    axes.axvline(1.0, color="#444444", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(lines)), [f"{name}\n{shape}" for name, shape in lines], fontsize=7)
-    axes.set_ylim(len(lines) - 0.5, -0.5)  # the first on top
-    axes.set_xlim(left=0)
+                _mark(axes, line[point], at + 0.7 * ((i + 0.5) / len(points) - 0.5))
+    axes.axvline(1.0, color=style.INK, linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(names)), [f"{name}\n{shape}" for name, shape in names])
     axes.set_xlabel("share of dense")
-    axes.grid(axis="x", alpha=0.25)
-    # Beside the panel: inside, it would hide a limit or a median.
-    axes.legend(handles=_legend(points), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.grid(visible=False, axis="y")
 
 
 def _mark(axes: Axes, row: Row, y: float) -> None:
@@ -120,36 +187,29 @@ def _mark(axes: Axes, row: Row, y: float) -> None:
         linestyle="none",
     )
     if row.limit is not None:
-        axes.plot(row.limit, y, color=colour, marker="|", markersize=9, markeredgewidth=1.8)
+        axes.plot(row.limit, y, color=colour, **_LIMIT)
 
 
-def _legend(points: Sequence[Point]) -> list[Line2D]:
-    sides: Mapping[str, str] = {"sparse": "", "plan": ", layers of a plan"}
+def _legend(axes: Axes, lines: int, points: Sequence[Point]) -> None:
+    """Say what is what above the first line, where nothing is hidden; for a row of panels."""
+    marks = [(_LABELS[m], _COLOURS[m], "o") for m in dict.fromkeys(p.mode for p in points)]
+    if any(point.side == "plan" for point in points):
+        marks.append(("of a plan", style.INK, "s"))
     handles = [
-        Line2D(
-            [],
-            [],
-            color=_COLOURS[p.mode],
-            marker=_MARKERS[p.side],
-            markersize=4.5,
-            linestyle="none",
-            label=_LABELS[p.mode] + sides[p.side],
-        )
-        for p in points
+        Line2D([], [], color=colour, marker=marker, markersize=4.5, linestyle="none", label=label)
+        for label, colour, marker in marks
     ]
-    return [
-        *handles,
-        Line2D(
-            [],
-            [],
-            color="#444444",
-            marker="|",
-            markersize=9,
-            markeredgewidth=1.8,
-            linestyle="none",
-            label="limit",
-        ),
-    ]
+    handles.append(Line2D([], [], color=style.INK, label="limit", **_LIMIT))
+    axes.set_ylim(lines - 0.5, -0.5 - _LEGEND)  # the first on top
+    axes.legend(
+        handles=handles,
+        loc="upper left",
+        ncols=2,
+        frameon=False,
+        borderaxespad=0.2,
+        handletextpad=0.1,
+        columnspacing=0.8,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,8 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = args.output or args.csv[0].with_suffix(".png")
     try:
         figure = draw([row for path in args.csv for row in read(path)])
-        with replacing(output) as beside:
-            figure.savefig(beside, format=output.suffix[1:] or "png")
+        style.write(figure, output)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {output}")

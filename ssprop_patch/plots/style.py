@@ -179,8 +179,7 @@ def inches(axes: Axes) -> tuple[float, float]:
 
 def legend_room(axes: Axes, length: float) -> float:
     """Return how much longer an axis of ``length`` has to be for a legend of one line above all."""
-    height = inches(axes)[1]
-    return length * _LEGEND / max(height - _LEGEND, _LEGEND)
+    return length * _LEGEND / max(inches(axes)[1] - _LEGEND, _LEGEND)
 
 
 def wrapped(text: str, width: float = WIDTH, size: float = 9, lines: int = 3) -> str:

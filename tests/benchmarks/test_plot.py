@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +20,7 @@ def test_picture_has_a_panel_for_each_setting_and_the_last_of_repeats():
     other = compared(replace(SETTING, drop_rate=0.5))
     layers = compared(replace(SETTING, name="conv2d:8:3"), ("forward", "backward", "both"))
     found = plot.panels([*slower, *compared(), *other, *layers])
-    assert [title.split(";")[0] for title in found] == ["networks", "networks", "single layers"]
+    assert [panel.kind for panel in found] == ["networks", "networks", "layers"]
     first, half, single = found.values()
     assert {r.share_of_dense for r in first["net", "2x3x8x8"].values()} == {0.4, 0.625}
     assert {r.drop_rate for r in half["net", "2x3x8x8"].values()} == {0.5}
@@ -43,14 +45,51 @@ def test_picture_shows_medians_quantiles_and_limits():
     assert np.allclose(spans, [(0.35, 0.55), (0.5, 0.75)])
 
 
+def test_panels_side_by_side_have_one_width_and_share_their_lines():
+    names = [f"net{i}" for i in range(45)]
+    options = ["", "compiled", "align=8", "groups=1"]
+    rows = [
+        row
+        for option, name in itertools.product(options, names[:44])
+        for row in compared(replace(SETTING, name=name, options=option))
+    ]
+    rows += compared(replace(SETTING, name=names[44], device="Other"))
+    figure = plot.draw(rows)
+    figure.draw_without_rendering()
+    boxes = [axes.get_window_extent().bounds for axes in figure.axes]
+    assert len(boxes) == 2 * 4 + 1  # 40 lines at most, three panels at most beside each other
+    assert np.ptp([width for _, _, width, _ in boxes]) < 1
+    lines = [len(axes.get_yticks()) for axes in figure.axes]
+    assert lines == [40, 40, 40, 4, 4, 4, 40, 4, 1]
+    titles = [axes.get_title("left").replace("\n", " ") for axes in figure.axes]
+    cpu = "Some CPU, 2.0 GHz"
+    assert titles == [cpu, f"{cpu}, compiled", f"{cpu}, align=8"] * 2 + [f"{cpu}, groups=1"] * 2 + [
+        "Other"
+    ]
+    assert "drop rate 0.8 by l1" in figure.get_suptitle()
+
+
+def test_the_legend_is_above_the_first_line_and_whiskers_are_whole():
+    figure = plot.draw(compared())
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend().get_window_extent()
+    (top,) = {round(y) for _, y in axes.transData.transform([(0, -0.35)])}
+    assert legend.y0 >= top and legend.y1 <= axes.get_window_extent().y1
+    words = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert words == ["backward", "whole step", "limit"]
+    slow = [replace(row, p80_ms=3 * row.p50_ms) for row in compared()]
+    assert plot.draw(slow).axes[0].get_xlim()[1] > 3 * 0.625
+
+
 def test_picture_is_written_beside_the_rows(tmp_path, capsys):
     file = tmp_path / "times.csv"
     schema.append(file, compared())
     assert plot.main([str(file)]) == 0
-    figure = plot.draw(schema.read(file))
-    figure.canvas.draw()
-    drawn = np.asarray(figure.canvas.buffer_rgba())
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "times.png").convert("RGBA")), drawn)
+    png = io.BytesIO()
+    plot.draw(schema.read(file)).savefig(png)
+    drawn, written = (np.asarray(Image.open(f)) for f in (png, tmp_path / "times.png"))
+    assert np.array_equal(drawn, written) and drawn.shape[1] == 1245
     assert plot.main([str(file), "-o", str(tmp_path / "other.png")]) == 0
     assert (tmp_path / "other.png").read_bytes() == (tmp_path / "times.png").read_bytes()
 
