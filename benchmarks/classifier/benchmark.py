@@ -146,7 +146,7 @@ class Benchmark:
         self.console.print(table.build([result["row"] for result in found]))
         folder = self.options.output
         results.write_csv(folder, found)
-        plot.draw(folder / "results.png", found)
+        plot.draw(folder / "results.png", folder / "runs.csv", folder / "history.csv")
         for name in ("runs.csv", "history.csv", "results.png"):
             self.console.print(f"wrote {folder / name}", highlight=False, soft_wrap=True)
 

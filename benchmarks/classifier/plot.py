@@ -2,117 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, or looked for
-
-import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
+import ssprop_patch as ssp
 from classifier.options import METHODS
-from ssprop_patch._files import replacing
+from ssprop_patch.plots import style
 
-# Told apart by eyes that see few colours, and in grey by their markers.
-_LOOKS = {
-    "dense": ("#444444", "o"),
-    "ssprop": ("#0072B2", "s"),
-    "dense-equal": ("#D55E00", "^"),
-    "whole-gradient": ("#009E73", "D"),
-}
+_PANELS, _ROW, _AROUND = 3.6, 0.28, 0.6  # inches: accuracy, a row of drop rates, what is around
+Rows = Sequence[Mapping[str, Any]]
 
 
-def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write the picture of finished runs to ``path``."""
-    drawn = figure(results)
-    with replacing(path) as temporary:
-        drawn.savefig(temporary, dpi=150, format="png")
-    plt.close(drawn)
+def draw(path: Path, runs: Path, history: Path) -> None:
+    """Write the picture of finished runs.
+
+    Args:
+        path: Where to.
+        runs: runs.csv, a row a run.
+        history: history.csv, a row an epoch.
+    """
+    tables = []
+    for table in (runs, history):
+        with table.open(newline="", encoding="utf-8") as file:
+            tables.append(list(csv.DictReader(file)))
+    style.write(figure(*tables), path)
 
 
-def figure(results: Sequence[dict[str, Any]]) -> Figure:
-    """Return the picture of finished runs."""
-    drawn = plt.figure(figsize=(10, 6.6), layout="constrained")
-    top, bottom = drawn.subfigures(2, 1, height_ratios=(2.6, 1))
-    left, right = top.subplots(1, 2, sharey=True)
-    row = results[0]["row"]
-    most = max(r["row"]["total_flops"] for r in results)
-    unit, name = (1e15, "P") if most >= 1e15 else (1e12, "T") if most >= 1e12 else (1e9, "G")
-    methods = [m for m in METHODS if any(r["row"]["method"] == m for r in results)]
-    for method in methods:
-        runs = [r for r in results if r["row"]["method"] == method]
-        _curve(left, method, runs, "flops", 1 / unit)
-        _curve(right, method, runs, "seconds", 1.0)
-    left.set_xlabel(f"forward and backward FLOPs of the training so far ({name}FLOP)")
-    right.set_xlabel("seconds of training so far (without evaluation)")
-    left.set_ylabel("test accuracy (%)")
-    left.set_ylim(*_limits(results))
-    for axes in (left, right):
-        axes.set_xlim(left=0)
-    right.legend(loc="lower right", frameon=False)
-    seeds = len({r["row"]["seed"] for r in results})
-    over = "one seed"
-    if seeds > 1:
-        over = f"mean of {seeds} seeds, bars: sample standard deviation, thin lines: single seeds"
-    drawn.suptitle(f"{row['model']} on {row['data']}, {row['device_name']}\n{over}", fontsize=11)
-    _rates(bottom.subplots(), methods, results)
+def figure(runs: Rows, history: Rows) -> Figure:
+    """Return the picture of finished runs.
+
+    Raises:
+        ValueError: If a run has no epoch.
+    """
+    methods = [m for m in METHODS if any(row["method"] == m for row in runs)]
+    labels = {name: method.label for name, method in METHODS.items()}
+    epochs = [row for m in methods for row in history if row["method"] == m]
+    heights = (_PANELS, _AROUND + _ROW * len(methods))
+    with style.context():
+        drawn = style.figure(0.5 + sum(heights))
+        top, bottom = drawn.subfigures(2, 1, height_ratios=heights)
+        panels = top.subplots(1, 2, sharey=True)
+        rates = bottom.subplots()
+        for axes in (*panels, rates):
+            style.tidy(axes)
+        ssp.plots.accuracy(epochs, labels=labels, ax=panels)
+        _rates(rates, [next(row for row in runs if row["method"] == m) for m in methods])
+        rates.set_yticks([i + 0.4 for i in range(len(methods))], [labels[m] for m in methods])
+        over, first = "one seed", runs[0]
+        if (seeds := len({row["seed"] for row in runs})) > 1:
+            over = (
+                f"mean of {seeds} seeds, bars: sample standard deviation, thin lines: single seeds"
+            )
+        what = f"{first['model']} on {first['data']}, {first['device_name']}"
+        drawn.suptitle(style.wrapped(f"{what}\n{over}", style.WIDTH, 10))
     return drawn
 
 
-def _curve(axes: Any, method: str, runs: Sequence[dict[str, Any]], x: str, scale: float) -> None:
-    colour, marker = _LOOKS[method]
-    xs = np.array([[e[x] * scale for e in r["epochs"]] for r in runs])
-    ys = np.array([[e["accuracy"] * 100 for e in r["epochs"]] for r in runs])
-    for i in range(len(runs)):
-        axes.plot(xs[i], ys[i], color=colour, alpha=0.2, linewidth=0.8)
-    axes.plot(xs.mean(0), ys.mean(0), color=colour, linewidth=1.5)
-    spread = {"xerr": xs[:, -1].std(ddof=1), "yerr": ys[:, -1].std(ddof=1)} if len(runs) > 1 else {}
-    axes.errorbar(
-        xs[:, -1].mean(),
-        ys[:, -1].mean(),
-        **spread,
-        color=colour,
-        marker=marker,
-        markersize=8,
-        capsize=3,
-        linestyle="none",
-        label=METHODS[method].label,
-        zorder=3,
-    )
-    axes.grid(alpha=0.25)
+def rate_pieces(row: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return the drop rates of a run, and the epochs at which each begins and the last ends."""
+    steps, epochs = int(row["steps"]), float(row["epochs"])
+    rates = [0.0] * steps
+    if row["schedule"]:
+        schedule = ssp.parse_schedule(row["schedule"])
+        whole = 1 if schedule.interval == "step" else round(steps / epochs)
+        rates = [schedule(step // whole) for step in range(steps)]
+    pieces = [(rate, len(list(same))) for rate, same in groupby(rates)]
+    edges = [0.0]
+    for _, length in pieces:
+        edges.append(edges[-1] + length * epochs / steps)
+    return [rate for rate, _ in pieces], edges
 
 
-def _limits(results: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return the range of accuracy to show: where the runs end up, not where they start."""
-    accuracies = [100 * e["accuracy"] for r in results for e in r["epochs"]]
-    later = [100 * e["accuracy"] for r in results for e in r["epochs"][len(r["epochs"]) // 4 :]]
-    low, high = np.percentile(later, 5), max(accuracies)
-    room = max(1.0, 0.08 * (high - low))
-    return max(0.0, low - room), min(100.0 + 0.1 * room, high + room)
-
-
-def _rates(axes: Any, methods: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
-    last = 0.0
-    for method in methods:
-        result = next(r for r in results if r["row"]["method"] == method)
-        row = result["row"]
-        per_epoch = row["steps"] / row["epochs"]
-        starts = [step / per_epoch for step, _ in result["rates"]]
-        rates = [rate for _, rate in result["rates"]]
-        axes.step(
-            [*starts, row["epochs"]],
-            [*rates, rates[-1]],
-            where="post",
-            color=_LOOKS[method][0],
-            label=METHODS[method].label,
+def _rates(axes: Any, rows: Rows) -> None:
+    """Draw a row for each method: as high as the drop rate, as long as the training."""
+    for i, row in enumerate(rows):
+        rates, edges = rate_pieces(row)
+        colour, _ = style.look(i)
+        axes.stairs(
+            [i + 0.8 * (1 - r) for r in rates], edges, baseline=i + 0.8, fill=True, color=colour
         )
-        last = max(last, row["epochs"])
-    axes.set_xlim(0, last)
-    axes.set_ylim(-0.05, 1.0)
+        axes.plot([0, edges[-1]], [i + 0.8] * 2, color=colour, linewidth=1)
+    axes.set_xlim(0, max(float(row["epochs"]) for row in rows))
+    axes.set_ylim(len(rows), -0.1)  # the first on top
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("drop rate")
-    axes.grid(alpha=0.25)
+    axes.set_title("drop rate (1 would fill a row)", loc="left", fontsize=style.TEXT)

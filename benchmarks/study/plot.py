@@ -2,173 +2,221 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, or looked for
-
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from ssprop_patch._files import replacing
+from ssprop_patch.plots import style
 from study.frontier import frontier
 from study.groups import Condition, Method
 
-# Told apart by eyes that see few colours, and in grey by their markers.
+_GREY, _BLUE, _RED, _GREEN, _PINK, _YELLOW, _SKY, _PURPLE, _PALE = style.COLOURS
 _LOOKS = {
-    "dense": ("#444444", "o"),
-    "dense, other regulariser": ("#8a8a8a", "D"),
-    "dense, equal compute": ("#D55E00", "^"),
-    "ssProp": ("#0072B2", "s"),
-    "ssProp, other selection": ("#4a93c4", "v"),
-    "ssProp + regulariser": ("#009E73", "h"),
-    "ssProp + coarse remainder": ("#56B4E9", "8"),
-    "principal": ("#E69F00", "H"),
-    "principal + coarse remainder": ("#7B3294", "D"),
-    "dense, lower layers frozen": ("#8a8a8a", "p"),
-    "principal + coarse remainder, lower layers frozen": ("#C51B7D", "p"),
+    "dense": (_GREY, "o"),
+    "dense, other regulariser": (_PALE, "D"),
+    "dense, equal compute": (_RED, "^"),
+    "ssProp": (_BLUE, "s"),
+    "ssProp, other selection": (_SKY, "v"),
+    "ssProp + regulariser": (_GREEN, "h"),
+    "ssProp + coarse remainder": (_SKY, "8"),
+    "principal": (_YELLOW, "H"),
+    "principal + coarse remainder": (_PURPLE, "D"),
+    "dense, lower layers frozen": (_PALE, "p"),
+    "principal + coarse remainder, lower layers frozen": (_PINK, "p"),
 }
-_LINE = 0.16  # inches of a line of the list of methods
+_PANELS, _MORE = 2.7, 0.06  # inches: two panels with their title, and for each method above nine
+_LINE, _LETTERS = 0.17, 52  # of the list of methods: inches of a line, letters in it
+_MARK = 13  # points: a marker with a number in it
+Point = tuple[float, float]
+_EARLIER = Line2D([], [], color=_GREY, linestyle="--", linewidth=1, label="dense, stopped earlier")
+_FRONTIER = Line2D([], [], color=_PINK, linewidth=1.5, label="nothing beats this: Pareto frontier")
 
 
 def draw(path: Path, conditions: Sequence[Condition], name: str) -> None:
     """Write the picture to ``path``."""
-    drawn = figure(conditions, name)
-    with replacing(path) as temporary:
-        drawn.savefig(temporary, dpi=130, format="png")
-    plt.close(drawn)
+    style.write(figure(conditions, name), path)
 
 
 def figure(conditions: Sequence[Condition], name: str) -> Figure:
-    """Return the picture: for each condition two panels and the list of its methods."""
-    heights = [max(3.6, 0.4 + _LINE * _lines(condition)) for condition in conditions]
-    drawn, axes = plt.subplots(
-        len(conditions),
-        3,
-        figsize=(13.5, 0.8 + sum(heights)),
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-        width_ratios=(1, 1, 0.75),
-    )
-    shown: dict[str, Any] = {}
-    for condition, (left, right, names) in zip(conditions, axes, strict=True):
-        _panel(left, condition, "total_flops", shown)
-        _panel(right, condition, "train_s", shown)
-        left.set_xlabel("forward and backward FLOPs of the whole training")
-        right.set_xlabel("seconds of training, without evaluation")
-        left.set_ylabel("test accuracy (%)")
-        left.set_title(condition.label, fontsize=8, loc="left")
-        _list(names, condition)
-    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
-    drawn.suptitle(f"{name}: mean over seeds, bars: sample standard deviation", fontsize=10)
+    """Return the picture: two panels for each condition, and the list of the methods.
+
+    One list for all where they have the same methods, else each its own.
+    """
+    lists = {tuple(m.label for m in condition.methods) for condition in conditions}
+    listed = conditions[-1:] if len(lists) == 1 else conditions
+    heights = []
+    for condition in conditions:
+        heights.append(_PANELS + _MORE * max(0, len(condition.methods) - 9))
+        heights += [_LINE * _lines(condition) + 0.2] * (condition in listed)
+    flops = max(m.mean("total_flops") for c in conditions for m in c.methods)
+    seconds = max(m.mean("train_s") for c in conditions for m in c.methods)
+    same, titles = _titles([condition.label for condition in conditions])
+    with style.context():
+        drawn = style.figure(0.7 + sum(heights))
+        grid = drawn.add_gridspec(len(heights), 2, height_ratios=heights)
+        rows, points = iter(range(len(heights))), {}
+        for condition, title in zip(conditions, titles, strict=True):
+            row = next(rows)
+            left = drawn.add_subplot(grid[row, 0])
+            right = drawn.add_subplot(grid[row, 1], sharey=left)
+            right.tick_params(labelleft=False)
+            for axes, cost, (size, unit), what in (
+                (left, "total_flops", style.unit(flops), "forward + backward"),
+                (right, "train_s", style.unit(seconds, "s"), "training, without evaluation"),
+            ):
+                style.tidy(axes)
+                points[axes] = condition, _panel(axes, condition, cost, size)
+                axes.set_xlabel(f"{what} ({unit})", fontsize=style.TEXT)
+            left.set_ylabel("test accuracy (%)")
+            left.set_title(style.wrapped(title, 7.4, style.TEXT), loc="left", fontsize=style.TEXT)
+            if condition in listed:
+                _list(drawn.add_subplot(grid[next(rows), :]), condition)
+        how = "mean over seeds, bars: sample standard deviation; lines lead from numbers to points"
+        words = f"{name}: {how}\n{same}"
+        drawn.suptitle(style.wrapped(words, style.WIDTH, 9), fontsize=9)
+        drawn.draw_without_rendering()  # lays it out: only now it is known what covers what
+        for axes, (condition, where) in points.items():
+            _numbers(axes, condition, where)
     return drawn
 
 
-def _panel(axes: Any, condition: Condition, cost: str, shown: dict[str, Any]) -> None:
-    points = [(m.mean(cost), 100 * m.mean("accuracy")) for m in condition.methods]
-    for number, (method, (x, y)) in enumerate(zip(condition.methods, points, strict=True), 1):
-        kind = _kind(method)
-        colour, marker = _LOOKS[kind]
+def _titles(labels: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what all labels say, and what each says besides."""
+    parts = [label.split(", ") for label in labels]
+    if len(parts) == 1:
+        return labels[0], [""]
+    same = [part for part in parts[0] if all(part in other for other in parts)]
+    return ", ".join(same), [", ".join(p for p in some if p not in same) for some in parts]
+
+
+def _panel(axes: Axes, condition: Condition, cost: str, size: float) -> list[Point]:
+    """Draw all but the numbers; return where the methods are."""
+    points = [(m.mean(cost) / size, 100 * m.mean("accuracy")) for m in condition.methods]
+    for method, point in zip(condition.methods, points, strict=True):
         axes.errorbar(
-            x,
-            y,
-            xerr=_spread(method, cost),
+            *point,
+            xerr=_spread(method, cost) / size,
             yerr=100 * _spread(method, "accuracy"),
-            color=colour,
+            color=_LOOKS[_kind(method)][0],
             alpha=0.35,
             linestyle="none",
             zorder=2,
         )
-        # The number in the marker is the method's in the list: labels would cover each other.
-        (shown[kind],) = axes.plot(
-            x,
-            y,
+    dense = [m for m in condition.methods if _kind(m) == "dense"]
+    if len(dense) > 1:
+        line = sorted((m.mean(cost) / size, 100 * m.mean("accuracy")) for m in dense)
+        axes.plot(*zip(*line, strict=True), color=_GREY, linestyle="--", linewidth=1)
+    best = frontier(points)
+    # To the dearest point: what costs more than the best one is worth no more.
+    corners = [points[i] for i in best] + [(max(x for x, _ in points), points[best[-1]][1])]
+    axes.plot(
+        [x for x, _ in corners],
+        [y for _, y in corners],
+        drawstyle="steps-post",
+        color=_PINK,
+        linewidth=1.5,
+        zorder=1,
+    )
+    axes.margins(0.12)
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))  # a bar may reach below 0, a cost not
+    return points
+
+
+def _numbers(axes: Axes, condition: Condition, points: Sequence[Point]) -> None:
+    """Draw each method with its number in the list; beside its point, if another is there."""
+    axes.autoscale(False)
+    point = axes.figure.dpi / 72  # pixels
+    pixels = axes.transData.transform(points) / point
+    centers = apart(pixels, _MARK, axes.get_window_extent().padded(-_MARK).extents / point)
+    back = axes.transData.inverted()
+    for number, (method, center) in enumerate(zip(condition.methods, centers, strict=True), 1):
+        colour, marker = _LOOKS[_kind(method)]
+        x, y = points[number - 1]
+        place = back.transform([c * point for c in center])
+        axes.plot([x, place[0]], [y, place[1]], color=colour, linewidth=0.8, zorder=2.5)
+        axes.plot(x, y, color=colour, marker=".", markersize=4, linestyle="none", zorder=2.5)
+        axes.plot(
+            *place,
             color=colour,
             marker=marker,
-            markersize=12 if marker in "^v" else 11,
+            markersize=_MARK + 3 * (marker in "^v"),
             markeredgecolor="white",
             linestyle="none",
             zorder=3,
         )
-        middle = {"^": -1.5, "v": 1.5}.get(marker, 0)  # of a triangle
         axes.annotate(
             str(number),
-            (x, y),
-            (0, middle),
+            place,
+            (0, {"^": -2, "v": 2}.get(marker, 0)),  # the middle of a triangle
             textcoords="offset points",
-            color="white",
-            fontsize=6.5,
+            color="white" if sum(to_rgb(colour)) < 1.75 else "black",
+            fontsize=style.TEXT,
             weight="bold",
             zorder=4,
             ha="center",
             va="center_baseline",
         )
-    dense = [m for m in condition.methods if _kind(m) == "dense"]
-    if len(dense) > 1:
-        line = sorted((m.mean(cost), 100 * m.mean("accuracy")) for m in dense)
-        (shown["dense, stopped earlier"],) = axes.plot(
-            *zip(*line, strict=True), color=_LOOKS["dense"][0], linestyle="--", linewidth=1
-        )
-    best = frontier(points)
-    # To the dearest point: what costs more than the best one is worth no more.
-    corners = [points[i] for i in best] + [(max(x for x, _ in points), points[best[-1]][1])]
-    (line,) = axes.plot(
-        [x for x, _ in corners],
-        [y for _, y in corners],
-        drawstyle="steps-post",
-        color="#CC79A7",
-        linewidth=1.5,
-        zorder=1,
-    )
-    shown["Pareto frontier"] = line
-    axes.margins(0.12)
-    axes.grid(alpha=0.25)
 
 
-def _list(axes: Any, condition: Condition) -> None:
-    """Write which number is which method, those on a frontier with a mark for each."""
+def apart(
+    points: Sequence[Point], distance: float, box: tuple[float, float, float, float]
+) -> list[Point]:
+    """Move points as little as it takes for all to be so far from each other.
+
+    Args:
+        points: The first ones stay where they are.
+        distance: Between any two.
+        box: Left, lower, right and upper border of where points may be moved to.
+    """
+    rings = [
+        (distance * ring / 2 * math.cos(angle), distance * ring / 2 * math.sin(angle))
+        for ring in range(2, 20)
+        for angle in (2 * math.pi * i / (8 * ring) for i in range(8 * ring))
+    ]
+    placed: list[Point] = []
+    for x, y in points:
+        tries = [(x + a, y + b) for a, b in rings]
+        inside = [t for t in tries if box[0] <= t[0] <= box[2] and box[1] <= t[1] <= box[3]]
+        free = (t for t in [(x, y), *inside] if all(math.dist(t, p) >= distance for p in placed))
+        placed.append(next(free, (x, y)))
+    return placed
+
+
+def _list(axes: Axes, condition: Condition) -> None:
+    """Say which number is which method."""
     axes.axis("off")
-    marks = {"total_flops": "F", "train_s": "s"}
-    on = {cost: {*_frontier_of(condition, cost)} for cost in marks}
-    lines = []
-    for number, method in enumerate(condition.methods):
-        best = "".join(mark for cost, mark in marks.items() if number in on[cost])
-        text = f"{number + 1:>2} {method.label}" + (f" [{best}]" if best else "")
-        lines.append((_wrapped(text), _LOOKS[_kind(method)][0]))
-    lines.append(("[F], [s]: on the frontier of FLOPs, of seconds", "black"))
-    down = 0.0
-    for text, colour in lines:
-        axes.annotate(
-            text,
-            (0, 1),
-            (0, down),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="top",
-            fontsize=7,
-            family="monospace",
-            color=colour,
+    handles = []
+    for label, method in zip(_labels(condition), condition.methods, strict=True):
+        colour, marker = _LOOKS[_kind(method)]
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none", label=label)
         )
-        down -= 72 * _LINE * len(text.splitlines())
+    if sum(_kind(method) == "dense" for method in condition.methods) > 1:
+        handles.append(_EARLIER)
+    axes.legend(
+        handles=[*handles, _FRONTIER], loc="upper center", ncols=2, frameon=False, borderaxespad=0
+    )
 
 
-def _frontier_of(condition: Condition, cost: str) -> list[int]:
-    return frontier([(m.mean(cost), m.mean("accuracy")) for m in condition.methods])
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 56, subsequent_indent="   ", break_long_words=False)
+def _labels(condition: Condition) -> list[str]:
+    width = _LETTERS * 0.6 * style.TEXT / 72
+    return [
+        style.wrapped(f"{number}  {method.label}", width, style.TEXT).replace("\n", "\n     ")
+        for number, method in enumerate(condition.methods, 1)
+    ]
 
 
 def _lines(condition: Condition) -> int:
-    return 2 + sum(len(_wrapped(f"   {m.label} [Fs]").splitlines()) for m in condition.methods)
+    """Return how many lines the longer column of the list has."""
+    lines = [len(label.splitlines()) for label in _labels(condition)] + [1, 1]
+    half = -(-len(lines) // 2)
+    return max(sum(lines[:half]), sum(lines[half:]))
 
 
 def _spread(method: Method, name: str) -> float:

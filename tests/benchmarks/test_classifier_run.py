@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import signal
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import plot_runs
 import pytest
 import torch
 import train_classifier
@@ -91,22 +93,47 @@ def test_equal_compute_is_within_half_a_step(benchmark):
 
 def test_picture_shows_every_epoch_and_the_rates(benchmark):
     folder, _ = benchmark
-    assert Image.open(folder / "results.png").size == (1500, 990)
+    assert Image.open(folder / "results.png").size[0] == 1245
     results = [json.loads((folder / "state" / f"{m}-seed0.json").read_text()) for m in METHODS]
-    figure = plot.figure(results)
+    figure = plot.figure(rows_in(folder), rows_in(folder, "history.csv"))
     flops, seconds, rates = figure.axes
     for axes, column in ((flops, "flops"), (seconds, "seconds")):
-        # Of a single seed its own line, the mean over it, and the marker at the end.
+        # Of a single seed one line, and the marker at the end.
         curves = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 1]
-        assert len(curves) == 2 * len(results)
-        for result, curve in zip(results, curves[1::2], strict=True):
+        assert len(curves) == len(results)
+        for result, curve in zip(results, curves, strict=True):
             epochs = result["epochs"]
             assert curve[:, 1] == pytest.approx([100 * e["accuracy"] for e in epochs])
             shares = [e[column] / epochs[-1][column] for e in epochs]
             assert curve[:, 0] / curve[-1, 0] == pytest.approx(shares)
-    found = {line.get_label(): line.get_xydata().tolist() for line in rates.lines}
-    assert found[METHODS["ssprop"].label] == [[0, 0], [1, 0.8], [2, 0], [3, 0]]
-    assert found[METHODS["dense"].label] == [[0, 0], [3, 0]]
+    assert [label.get_text() for label in rates.get_yticklabels()] == [
+        METHODS[result["row"]["method"]].label for result in results
+    ]
+    for i, (patch, result) in enumerate(zip(rates.patches, results, strict=True)):
+        tops, edges, _ = patch.get_data()
+        row = result["row"]
+        # As they were in force, step by step: the picture has the schedule alone.
+        starts = [step * row["epochs"] / row["steps"] for step, _ in result["rates"]]
+        assert edges == pytest.approx([*starts, row["epochs"]])
+        assert 1 - (tops - i) / 0.8 == pytest.approx([rate for _, rate in result["rates"]])
+
+
+def test_the_committed_picture_can_be_drawn_again_from_the_committed_rows(tmp_path, capsys):
+    results = BENCHMARKS / "results"
+    files = [str(results / f"digits_{name}.csv") for name in ("runs", "history")]
+    again = tmp_path / "again.png"
+    assert plot_runs.main([*files, "-o", str(again)]) == 0
+    assert Image.open(again).size == Image.open(results / "digits.png").size
+    with Path(files[0]).open(newline="") as file:
+        for row in csv.DictReader(file):
+            rates, edges = plot.rate_pieces(row)
+            each = float(row["epochs"]) / int(row["steps"])
+            sparse = sum(b - a for r, a, b in zip(rates, edges, edges[1:], strict=False) if r)
+            assert round(sparse / each) == int(row["sparse_steps"])
+    with pytest.raises(SystemExit):
+        plot_runs.main([files[1], files[0], "-o", str(tmp_path / "no.png")])
+    assert "digits_history.csv" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_methods_start_alike(benchmark):

@@ -162,12 +162,57 @@ def test_picture_shows_the_means_over_seeds():
     flops, seconds, _, other, *_ = plot.figure(groups.conditions(rows), "name").axes
 
     def points(axes) -> list[tuple[float, float]]:
-        marks = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+        marks = [line for line in axes.lines if line.get_marker() == "."]
         return [(m.get_xdata()[0], m.get_ydata()[0]) for m in marks]
 
-    assert points(flops) == [pytest.approx((4e12, 55)), pytest.approx((3e12, 60))]
+    assert points(flops) == [pytest.approx((4, 55)), pytest.approx((3, 60))]
     assert points(seconds) == [pytest.approx((2.0, 55)), pytest.approx((2.0, 60))]
-    assert points(other) == [pytest.approx((1e12, 10))]
+    assert points(other) == [pytest.approx((1, 10))]
+    assert flops.get_xlabel().endswith("(TFLOP)") and other.get_xlabel().endswith("(TFLOP)")
+
+
+def test_conditions_with_the_same_methods_share_one_list_and_say_what_differs():
+    rows = [
+        row
+        for share in (0.5, 1.0)
+        for method in ({}, {"method": "ssprop", "schedule": "ConstantSchedule(0.8)"})
+        for row in made_up([0.5, 0.6], 4e12, share=share, **method)
+    ]
+    figure = plot.figure(groups.conditions(rows), "name")
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert len(panels) == 4 and len(figure.axes) == 5
+    titles = [axes.get_title("left") for axes in panels[::2]]
+    assert titles == ["50 % of the training images", "100 % of the training images"]
+    assert "batch" in figure.get_suptitle() and "training images" not in figure.get_suptitle()
+    (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[:2] == ["1  dense", "2  ssProp ConstantSchedule(0.8)"]
+    widths = [axes.get_window_extent().width for axes in panels]
+    assert np.ptp(widths) < 1
+    # Seconds and accuracies are the same: the second number stands beside the first.
+    numbers = [text for text in panels[1].texts if text.get_text() in "12"]
+    one, two = (text.get_window_extent() for text in numbers)
+    assert len(numbers) == 2 and not one.overlaps(two)
+
+
+def test_points_move_apart_by_as_little_as_it_takes():
+    points = [(50.0, 50.0)] * 12 + [(52.0, 50.0), (90.0, 90.0)]
+    box = (40.0, 0.0, 100.0, 100.0)
+    moved = plot.apart(points, 10, box)
+    assert moved[0] == (50, 50) and moved[-1] == (90, 90)
+    for i, (x, y) in enumerate(moved):
+        assert all(np.hypot(x - a, y - b) > 9.99 for a, b in moved[:i])
+        assert 40 <= x <= 100 and 0 <= y <= 100
+    assert all(np.hypot(x - 50, y - 50) <= 30 for x, y in moved[:-1])
+    assert plot.apart([(0, 0), (0, 0)], 10, (0, 0, 1, 1)) == [(0, 0), (0, 0)]  # no room
+
+
+def test_what_a_training_takes_is_not_below_nothing():
+    rows = made_up([0.5, 0.6], 4e12)
+    for row, seconds in zip(rows, ("1", "300"), strict=True):
+        row["train_s"] = seconds
+    _, seconds, _ = plot.figure(groups.conditions(rows), "name").axes
+    assert seconds.get_xlim()[0] == 0
 
 
 def test_schedules_of_nearly_the_same_flops_share_a_baseline():

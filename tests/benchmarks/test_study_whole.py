@@ -45,7 +45,7 @@ def test_smoke_study_and_what_it_leaves(tmp_path, capsys, monkeypatch):
     for text in ("8/8", "dense, dropout 0.2", "ssProp BarSchedule(0.8, period=2)", "test loss"):
         assert text in printed
     assert "| dense, dropout 0.2 | 2 |" in (out / "table.md").read_text()
-    assert Image.open(out / "study.png").size[0] == 1755
+    assert Image.open(out / "study.png").size[0] == 1245
     rows = rows_in(out)
     assert [row["id"] for row in rows] == [run.id for run in grid.read(study).runs]
     assert not list((out / "state").glob("*.pt"))
