@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, or looked for
-
-import matplotlib.pyplot as plt
 from classifier.table import spread
+from PIL import Image
 from rich.table import Table
 from study.rows import Rows
 
 from ddpm.distance import CAVEAT
-from ssprop_patch._files import replacing, write_atomically
+from ssprop_patch._files import write_atomically
 from ssprop_patch._text import markdown as markdown_table
+from ssprop_patch.plots import style
 
 _COLUMNS = (
     ("epochs", "trained_epochs", 1.0, ".4g"),
@@ -57,16 +54,13 @@ def write(folder: Path, rows: Sequence[Mapping[str, str]], output: Path) -> None
     whole = f"# {_title(rows[0])}\n\n{text}\n\n{_caption(rows[0])}\n"
     write_atomically(folder / "table.md", whole)
     some = [row for row in rows if row["seed"] == rows[0]["seed"]]
-    figure, axes = plt.subplots(
-        1, len(some), figsize=(4 * len(some), 4.3), squeeze=False, layout="constrained"
-    )
-    for row, place in zip(some, axes[0], strict=True):
-        place.imshow(plt.imread(output / row["picture"]), interpolation="nearest")
-        place.set_title(f"{row['method']}, {float(row['trained_epochs']):.3g} epochs", fontsize=9)
-        place.axis("off")
-    with replacing(folder / "samples.png") as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
-    plt.close(figure)
+    with style.panels(None, len(some), 0.4 + style.WIDTH / len(some)) as (figure, panels):
+        for row, axes in zip(some, panels, strict=True):
+            axes.imshow(Image.open(output / row["picture"]), cmap="gray", interpolation="nearest")
+            title = f"{row['method']}, {float(row['trained_epochs']):.3g} epochs"
+            axes.set_title(style.wrapped(title, style.WIDTH / len(some)))
+            axes.axis("off")
+    style.write(figure, folder / "samples.png")
 
 
 def _title(row: Mapping[str, str]) -> str:
