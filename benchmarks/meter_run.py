@@ -2,14 +2,16 @@
 
     python benchmarks/meter_run.py [the options of train_classifier.py]
 
-Writes report.json, scalars.csv, channels.png, flops.png and schedule.png into --output.
+Writes report.json, channels.json, scalars.csv and pictures of them into --output.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import plot_meter
 import torch
 import torch.nn.functional as F
 from classifier import data, models
@@ -18,8 +20,9 @@ from classifier.options import UserError, parse
 from classifier.training import evaluate
 
 import ssprop_patch as ssp
-from ssprop_patch._files import replacing, write_atomically
+from ssprop_patch._files import write_atomically
 from ssprop_patch._progress import Progress
+from ssprop_patch.plots import style
 
 
 def main() -> None:
@@ -68,13 +71,12 @@ def main() -> None:
     print(report)
     print(f"test accuracy {100 * correct:.1f} %")
     write_atomically(folder / "report.json", report.to_json(indent=1) + "\n")
-    for name, figure in (
-        ("channels", ssp.plots.channels(meter.channels)),
-        ("flops", ssp.plots.flops_per_layer(report)),
-        ("schedule", ssp.plots.schedule(schedule, options.epochs, steps)),
-    ):
-        with replacing(folder / f"{name}.png") as beside:
-            figure.savefig(beside, format="png")
+    kept = json.dumps(meter.channels.to_dict(), separators=(",", ":"))
+    write_atomically(folder / "channels.json", kept.replace("]],", "]],\n") + "\n")
+    plot_meter.draw(folder)
+    style.write(
+        ssp.plots.schedule(schedule, options.epochs, steps_per_epoch=steps), folder / "schedule.png"
+    )
     print(f"wrote {folder}")
 
 

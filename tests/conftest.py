@@ -70,6 +70,8 @@ QUICK = [
     "tools/test_wrapped_forward.py",
     "integrations/test_imports.py",
     "cli/test_schedule.py",
+    "plots/test_drop_rate.py",
+    "plots/test_runs.py",
     "training/test_memory_format.py",
 ]
 

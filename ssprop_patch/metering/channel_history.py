@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._validate import check_count
 from .layer_record import LayerRecord, Window
 
 
@@ -73,6 +74,26 @@ class ChannelHistory:
                 found[name] = torch.stack([_share(w, channels, sparse_only) for w in windows])
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that was counted, as JSON can hold it: for pictures after the training."""
+        layers = {name: [_plain(w) for w in windows] for name, windows in self._windows.items()}
+        return {"every": self.every, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> ChannelHistory:
+        """Return the history that :meth:`to_dict` wrote; it counts no further.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is none.
+        """
+        history = cls({}, check_count(found["every"], "every", 1))
+        for name, windows in found["layers"].items():
+            history._windows[name] = [
+                Window(None if kept is None else torch.tensor(kept).float(), sparse, backwards)
+                for kept, sparse, backwards in windows
+            ]
+        return history
+
     def winners(self) -> dict[str, Winners]:
         """Return for each layer of :meth:`shares` whether the same channels always win."""
         found = {}
@@ -84,6 +105,11 @@ class ChannelHistory:
             never = (everything[name].nan_to_num(0.0) == 0).all(0).float().mean()
             found[name] = Winners(len(mean), kept, top.item(), never.item())
         return found
+
+
+def _plain(window: Window) -> tuple[list[int] | None, int, int]:
+    kept = None if window.times_kept is None else [int(n) for n in window.times_kept.tolist()]
+    return kept, window.sparse, window.backwards
 
 
 def _share(window: Window, channels: int, sparse_only: bool) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .._text import columns, html
@@ -147,7 +147,10 @@ class MeterReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, totals too, as JSON can hold it."""
-        rows = [{"name": r.name, **asdict(r.totals), "saved": r.saved} for r in self.layers]
+        rows = [
+            {"name": r.name, "converted": r.converted, **asdict(r.totals), "saved": r.saved}
+            for r in self.layers
+        ]
         totals = (
             "forward_flops",
             "dense_backward_flops",
@@ -176,6 +179,29 @@ class MeterReport:
     def to_json(self, **kwargs: Any) -> str:
         """Return :meth:`to_dict` as JSON; ``kwargs`` go to :func:`json.dumps`."""
         return json.dumps(self.to_dict(), **kwargs)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> MeterReport:
+        """Return the report of which :meth:`to_dict` is ``found``: for pictures after the training.
+
+        Raises:
+            KeyError, TypeError: If it is none.
+        """
+        names = [f.name for f in fields(LayerTotals)]
+        return cls(
+            tuple(
+                LayerReport(row["name"], LayerTotals(*(row[n] for n in names)), row["converted"])
+                for row in found["layers"]
+            ),
+            found["steps"],
+            dict(found["seconds"]),
+            found["wall_seconds"],
+            Energy(found["energy"]["joules"], found["energy"]["not_measured_because"] or ""),
+            tuple(found["not_counted"]),
+            found["ranks"],
+            others=found["others"] and Flops(**found["others"]),
+            unknown=found["not_known_because"] or "",
+        )
 
     def table(self) -> str:
         """Return a row for each layer: calls, kept channels, FLOPs."""

@@ -1,5 +1,7 @@
 """Which channels each layer keeps: counted against a choice made by hand."""
 
+import json
+
 import oracle
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 import ssprop_patch as ssp
 from metering import by_hand
 from metering.by_hand import by_step, gradients, quiet_meter, rate_at, train
+from ssprop_patch.metering import ChannelHistory
 
 
 def chosen(model, x, rate):
@@ -37,6 +40,22 @@ def test_shares_are_those_of_a_choice_made_by_hand():
         by_step = torch.stack([e[name] for e in expected[:4]])
         torch.testing.assert_close(share, by_step.view(2, 2, -1).mean(1), rtol=0, atol=0)
         assert share.dtype == torch.float32
+
+
+def test_a_history_comes_back_from_json():
+    model = ssp.convert(by_hand.net(), by_step())
+    with quiet_meter(model, channels_every=2) as meter:
+        train(model, 5)
+        history = meter.channels
+    back = ChannelHistory.from_dict(json.loads(json.dumps(history.to_dict())))
+    assert back.every == 2 and back.winners() == history.winners()
+    for sparse_only in (False, True):
+        shares, again = (h.shares(sparse_only=sparse_only) for h in (history, back))
+        assert list(again) == list(shares) == ["0", "2", "4"]
+        for name, share in shares.items():
+            torch.testing.assert_close(again[name], share, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(KeyError, match="every"):
+        ChannelHistory.from_dict({})
 
 
 def test_dense_backwards_keep_every_channel_or_are_left_aside():

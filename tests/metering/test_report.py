@@ -36,6 +36,18 @@ def test_json_holds_everything():
     assert found["energy"]["not_measured_because"] == "not asked for"
 
 
+def test_a_report_comes_back_from_json():
+    report = changed(
+        a_report(), energy=Energy({"GPU 0": 1.0}, "why"), not_counted=("odd",), ranks=3
+    )
+    mixed = changed(report.layers[0], converted=False), *report.layers[1:]
+    for one in (changed(report, layers=mixed), changed(report, others=None, unknown="why")):
+        back = MeterReport.from_dict(json.loads(one.to_json()))
+        assert back == one and back.to_dict() == one.to_dict()
+    with pytest.raises(KeyError, match="steps"):
+        MeterReport.from_dict({"layers": []})
+
+
 def test_text_says_what_was_done_and_what_was_not_measured():
     text = str(a_report())
     assert "optimizer steps      2\n" in text
