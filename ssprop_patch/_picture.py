@@ -16,8 +16,7 @@ class Picture(Figure):
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
         """Write the figure on its own ground: that of the settings may be dark, as letters are."""
-        kwargs = {"facecolor": self.get_facecolor(), "transparent": False, **kwargs}
-        super().savefig(*args, **kwargs)
+        super().savefig(*args, **{"facecolor": self.get_facecolor(), **kwargs})
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()

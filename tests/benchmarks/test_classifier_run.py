@@ -129,7 +129,7 @@ def test_the_committed_picture_can_be_drawn_again_from_the_committed_rows(tmp_pa
             rates, edges = plot.rate_pieces(row)
             each = float(row["epochs"]) / int(row["steps"])
             sparse = sum(b - a for r, a, b in zip(rates, edges, edges[1:], strict=False) if r)
-            assert round(sparse / each) == int(row["sparse_steps"])
+            assert round(sparse / each) == int(row["sparse_steps"]) and len(rates) <= 10
     with pytest.raises(SystemExit):
         plot_runs.main([files[1], files[0], "-o", str(tmp_path / "no.png")])
     assert "digits_history.csv" in capsys.readouterr().err

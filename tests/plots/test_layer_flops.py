@@ -55,6 +55,18 @@ def test_layers_that_cost_more_than_dense_and_layers_that_cost_nothing():
         plots.flops_per_layer(model)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "one layer", "long names", "report"])
+def test_what_is_saved_is_written_behind_each_bar_and_inside(name):
+    figure = FIGURES[name]()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    dense, _ = axes.containers
+    assert len(axes.texts) == len(dense)
+    for text, bar in zip(axes.texts, dense, strict=True):
+        box = text.get_window_extent()
+        assert bar.get_window_extent().x1 < box.x0 and box.x1 < axes.get_window_extent().x1
+
+
 def names_of(figure):
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
 

@@ -82,7 +82,10 @@ def luminance(colour):
     return np.dot([0.2126, 0.7152, 0.0722], linear)
 
 
-@pytest.mark.parametrize("theme", ["default", "dark_background"])
+DARK = ["dark_background", {"savefig.facecolor": "black", "savefig.transparent": True}]
+
+
+@pytest.mark.parametrize("theme", ["default", DARK], ids=["default", "dark"])
 @pytest.mark.parametrize("name", ["schedule", "report", "accuracy", "channels"])
 def test_letters_are_dark_on_an_opaque_bright_ground_whatever_the_settings(name, theme):
     """So a bright page and a dark one show the same; and the settings stay as they were."""
@@ -97,6 +100,7 @@ def test_letters_are_dark_on_an_opaque_bright_ground_whatever_the_settings(name,
     assert (pixels[..., 3] == 255).all()
     corner = pixels[0, 0, :3] / 255
     assert luminance(corner) > 0.9
+    assert all(luminance(matplotlib.colors.to_rgb(a.get_facecolor())) > 0.9 for a in figure.axes)
     for text, _ in found:
         colour = matplotlib.colors.to_rgb(text.get_color())
         assert (luminance(corner) + 0.05) / (luminance(colour) + 0.05) > 7, text.get_text()
