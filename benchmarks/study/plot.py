@@ -35,6 +35,15 @@ _LINE, _LETTERS = 0.17, 52  # of the list of methods: inches of a line, letters 
 _MARK = 13  # points: a marker with a number in it
 Point = tuple[float, float]
 _EARLIER = Line2D([], [], color=_GREY, linestyle="--", linewidth=1, label="dense, stopped earlier")
+_MOVED = Line2D(
+    [],
+    [],
+    color=style.INK,
+    linewidth=0.8,
+    marker=".",
+    markersize=4,
+    label="where a number belongs that was moved",
+)
 _FRONTIER = Line2D([], [], color=_PINK, linewidth=1.5, label="nothing beats this: Pareto frontier")
 
 
@@ -77,8 +86,7 @@ def figure(conditions: Sequence[Condition], name: str) -> Figure:
             left.set_title(style.wrapped(title, 7.4, style.TEXT), loc="left", fontsize=style.TEXT)
             if condition in listed:
                 _list(drawn.add_subplot(grid[next(rows), :]), condition)
-        how = "mean over seeds, bars: sample standard deviation; lines lead from numbers to points"
-        words = f"{name}: {how}\n{same}"
+        words = f"{name}: mean over seeds, bars: sample standard deviation\n{same}"
         drawn.suptitle(style.wrapped(words, style.WIDTH, 9), fontsize=9)
         drawn.draw_without_rendering()  # lays it out: only now it is known what covers what
         for axes, (condition, where) in points.items():
@@ -200,7 +208,11 @@ def _list(axes: Axes, condition: Condition) -> None:
     if sum(_kind(method) == "dense" for method in condition.methods) > 1:
         handles.append(_EARLIER)
     axes.legend(
-        handles=[*handles, _FRONTIER], loc="upper center", ncols=2, frameon=False, borderaxespad=0
+        handles=[*handles, _MOVED, _FRONTIER],
+        loc="upper center",
+        ncols=2,
+        frameon=False,
+        borderaxespad=0,
     )
 
 
@@ -214,7 +226,7 @@ def _labels(condition: Condition) -> list[str]:
 
 def _lines(condition: Condition) -> int:
     """Return how many lines the longer column of the list has."""
-    lines = [len(label.splitlines()) for label in _labels(condition)] + [1, 1]
+    lines = [len(label.splitlines()) for label in _labels(condition)] + [1, 1, 1]
     half = -(-len(lines) // 2)
     return max(sum(lines[:half]), sum(lines[half:]))
 
