@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from rows import Row, read
 
-from ssprop_patch._files import replacing
 from ssprop_patch._text import sizes
 from ssprop_patch.cli.options import Parser
+from ssprop_patch.plots import style
 
 #: Of dense: what a sparse step may take of time and of memory.
 _SLOWER, _MORE_MEMORY = 1.0, 1.02
@@ -104,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure_all(parser, args, networks(args.panel), measure)
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows, args.panel))
     if args.output is not None:
-        with replacing(args.output.with_suffix(".png")) as beside:
-            draw(rows).savefig(beside, format="png")
+        style.write(draw(rows), args.output.with_suffix(".png"))
     return 0
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for
 from matplotlib.figure import Figure
 from networks import Network
 from rows import Row
 
 from ssprop_patch._text import sizes
+from ssprop_patch.plots import style
 
 #: NAME:BATCH:PIXELS by what is varied; the first ones share their middle, which is measured once.
 PANELS: dict[str, tuple[str, ...]] = {
@@ -24,16 +24,15 @@ PANELS: dict[str, tuple[str, ...]] = {
     "3-D, width": tuple(f"unet3d_{n}:1:32" for n in (8, 16, 32)),
 }
 _VARIED = {"batch": "batch", "resolution": "pixels", "width": "width", "network": "name"}
-# Told apart by eyes that see few colours (Okabe and Ito), and in grey by their markers.
 _STYLES: dict[str, Any] = {
-    "backward": {"color": "#0072B2", "marker": "o"},
-    "step": {"color": "#D55E00", "marker": "s"},
-    "limit": {"color": "#444444", "marker": "_", "linestyle": "none", "markersize": 9},
+    "backward": {"color": style.SPARSE, "marker": "o"},
+    "step": {"color": style.COLOURS[2], "marker": "s"},
+    "limit": {"color": style.INK, "marker": "_", "linestyle": "none", "markersize": 9},
 }
 _LABELS = {
     "backward": "backward",
     "step": "whole step",
-    "limit": "what FLOPs leave of the backward",
+    "limit": "FLOPs of the backward",
 }
 
 
@@ -63,24 +62,23 @@ def draw(rows: Sequence[Row]) -> Figure:
     shown = {panel: found for panel, found in shown.items() if found[0]}
     if not shown:
         raise ValueError("there is no row of a network that this draws")
-    lines = -(-len(shown) // 3)
-    figure = Figure(figsize=(8.3, 0.9 + 2.3 * lines), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(lines, min(3, len(shown)), squeeze=False, sharey=True)
-    for axes in all_axes.flat[len(shown) :]:
-        axes.set_axis_off()
-    for axes, (panel, (ticks, points)) in zip(all_axes.flat, shown.items(), strict=False):
-        _panel(axes, ticks, points)
-        axes.set_title(_title(panel), fontsize=9)
-    for axes in all_axes[:, 0]:
-        axes.set_ylabel("share of dense")
-        axes.set_ylim(bottom=0)
-    handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    first = rows[0]
-    figure.suptitle(
-        f"{first.device}, {first.threads} threads, drop rate {first.drop_rate:g}", fontsize=9
-    )
+    columns = min(3, len(shown))
+    height = 0.9 + 2.5 * -(-len(shown) // columns)
+    with style.panels(None, len(shown), height, columns=columns, sharey=True) as (figure, panels):
+        for i, (axes, (panel, (ticks, points))) in enumerate(
+            zip(panels, shown.items(), strict=True)
+        ):
+            _panel(axes, ticks, points)
+            axes.set_title(_title(panel))
+            if i % columns == 0:
+                axes.set_ylabel("share of dense")
+        # A third is for the legend, above all points.
+        panels[0].set_ylim(0, 1.5 * max(1, panels[0].get_ylim()[1]))
+        panels[0].legend(loc="upper left", frameon=False, borderaxespad=0.2)
+        first = rows[0]
+        figure.suptitle(
+            f"{first.device}, {first.threads} threads, drop rate {first.drop_rate:g}", fontsize=9
+        )
     return figure
 
 
@@ -107,10 +105,10 @@ def _panel(axes: Any, ticks: Sequence[str], points: Sequence[dict[str, Row]]) ->
             ]
             for edges in ([r.p20_ms for r in rows], [r.p80_ms for r in rows])
         ]
-        style = {**_STYLES[mode], "markersize": 4, "linewidth": 1.2, "capsize": 2}
-        axes.errorbar(x, shares, yerr=around, label=_LABELS[mode], **style)
+        look = {**_STYLES[mode], "markersize": 4, "linewidth": 1.2, "capsize": 2}
+        axes.errorbar(x, shares, yerr=around, label=_LABELS[mode], **look)
     limits = [point["backward"].limit for point in points]
     axes.plot(x, limits, label=_LABELS["limit"], **_STYLES["limit"])
-    axes.axhline(1.0, color="#444444", linewidth=0.8, zorder=0)
-    axes.set_xticks(x, ticks, fontsize=7)
-    axes.grid(axis="y", alpha=0.25)
+    axes.axhline(1.0, color=style.INK, linewidth=0.8, zorder=0)
+    axes.set_xticks(x, ticks)
+    axes.grid(visible=False, axis="x")

@@ -51,7 +51,7 @@ def test_rows_table_and_picture(tmp_path, capsys):
     assert ("unet3d_4", "1x1x24x24x24", "sparse", "step") in names
     assert len(capsys.readouterr().out.split("test_resnet")) == 4
     picture = output.with_suffix(".png")
-    assert imread(picture).shape[1] == 830
+    assert imread(picture).shape[1] == 1245
     picture.unlink()
     assert bench_growth.main(["--draw", str(output)]) == 0 and picture.exists()
 
