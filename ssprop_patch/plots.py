@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from ._text import percent
+from ._text import counted, percent
 from ._validate import check_count
 from .flops.summary import Summary
 from .metering import ChannelHistory, MeterReport
@@ -99,7 +99,10 @@ def flops_per_layer(summary: Summary | MeterReport) -> Figure:
             (r.name, r.totals.dense_backward_flops, r.totals.backward_flops, r.saved)
             for r in summary.layers
         ]
-        what, title = "backward FLOPs of the run", f"after {summary.steps} optimizer steps"
+        what, title = (
+            "backward FLOPs of the run",
+            f"after {counted(summary.steps, 'optimizer step')}",
+        )
     else:
         raise TypeError(f"expected a Summary or a MeterReport, got {type(summary).__name__}")
     if summary.others is not None and summary.others.dense_backward:

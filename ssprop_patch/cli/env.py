@@ -15,7 +15,7 @@ import torch
 import ssprop_patch
 
 from .._device import device_name
-from .._text import aligned
+from .._text import aligned, counted
 from ..metering.energy import find_counter
 from ..ops import autotune
 from ..ops.native.build import find_compiler, why_no_compiler
@@ -90,12 +90,14 @@ def _torch() -> str:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     if getattr(torch.version, "hip", None):
         built = f"ROCm {torch.version.hip}"
-    return f"{torch.__version__}, built with {built}, {torch.get_num_threads()} threads"
+    return f"{torch.__version__}, built with {built}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _processor() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{device_name(torch.device('cpu'))}, {platform.machine()}, {cores} cores"
+    return (
+        f"{device_name(torch.device('cpu'))}, {platform.machine()}, {counted(cores or 1, 'core')}"
+    )
 
 
 def _instructions() -> str:
@@ -158,7 +160,8 @@ def _cache() -> str:
         why = "SSPROP_PATCH_CACHE is 0" if switched_off else "no folder that only this user writes"
         return f"none: {why}"
     sizes = [path.stat().st_size for path in folder.glob("*.so")]
-    return f"{folder}, {len(sizes)} libraries, {sum(sizes) / 1e6:.1f} MB"
+    libraries = f"{len(sizes)} {'library' if len(sizes) == 1 else 'libraries'}"
+    return f"{folder}, {libraries}, {sum(sizes) / 1e6:.1f} MB"
 
 
 def _variables() -> str:

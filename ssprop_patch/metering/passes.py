@@ -42,6 +42,14 @@ class Passes:
         """An iteration ends; return whether a forward was seen in it."""
         return self._entries.next_iteration()
 
+    def pause(self) -> None:
+        """Follow nothing until :meth:`resume`."""
+        self._entries.close()
+
+    def resume(self) -> None:
+        """Follow again what a model runs."""
+        self._entries.watch_all()
+
     def close(self) -> None:
         """Follow nothing any more."""
         self._entries.close()
