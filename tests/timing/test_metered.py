@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
+from metering.by_hand import batch, counted, net, quiet_meter, train
 
 import ssprop_patch as ssp
-from metering.by_hand import batch, counted, net, quiet_meter, train
 from ssprop_patch import timing
 from ssprop_patch.timing import networks
 
