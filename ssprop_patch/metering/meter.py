@@ -134,6 +134,14 @@ class Meter:
             if self._rate is None:  # no forward was seen
                 self._rate = self._layers.drop_rate
 
+    def closure_begins(self) -> None:
+        """Take note that an optimizer that steps calls its closure."""
+        self._passes.closure_begins()
+
+    def closure_ends(self) -> None:
+        """Take note that its closure has returned."""
+        self._passes.closure_ends()
+
     def optimizer_ends(self) -> None:
         """Take note that the step of an optimizer is over."""
         self._passes.optimizer_ends()
