@@ -73,7 +73,7 @@ def _said(say: Callable[[], str]) -> str:
     try:
         text = say()
     except Exception as error:
-        text = f"cannot be found out: {type(error).__name__}: {one_line(error, 200)}"
+        text = f"unknown: {type(error).__name__}: {one_line(error, 200)}"
     home = os.path.expanduser("~")  # who somebody is, is none of a bug report's business
     return text.replace(home, "~") if len(home) > 1 else text
 
@@ -113,13 +113,13 @@ def _instructions() -> str:
 def _compiler() -> str:
     command = find_compiler()
     if command is None:
-        return f"none is used: {why_no_compiler()}"
+        return f"none: {why_no_compiler()}"
     try:
         said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, ValueError) as error:
         return f"{' '.join(command)}: {one_line(error, 200)}"
     version = (said.stdout + said.stderr).strip().partition("\n")[0]
-    return f"{' '.join(command)}: {version or 'says nothing'}"
+    return f"{' '.join(command)}: {version or 'says no version'}"
 
 
 def _backend(name: str) -> Callable[[], str]:
@@ -148,7 +148,7 @@ def _rapl() -> str:
     """Say what there is of the counters of Intel's and AMD's processors."""
     counters = list(_RAPL.glob("intel-rapl:*/energy_uj"))
     if not counters:
-        return f"nothing of RAPL in {_RAPL}"
+        return f"no RAPL counters in {_RAPL}"
     readable = sum(os.access(path, os.R_OK) for path in counters)
     return f"RAPL: {readable} of {len(counters)} counters may be read"
 

@@ -54,5 +54,5 @@ def test_what_cannot_be_found_out_does_not_keep_the_rest_back(printed, monkeypat
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     found = lines_of(printed("env"))
-    assert found["CUDA devices"].strip() == "cannot be found out: RuntimeError: driver too old"
+    assert found["CUDA devices"].strip() == "unknown: RuntimeError: driver too old"
     assert found["libraries"].strip()
