@@ -1,4 +1,5 @@
-"""What bench_conv.py and bench_step.py have in common: options, and the loop over what is timed."""
+"""What bench_conv.py, bench_step.py and where.py have in common: options, the loop over what is
+timed."""
 
 from __future__ import annotations
 
@@ -7,15 +8,55 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from networks import UNET, Network
 from rows import Row, append, table
 from torch import nn
 
 import ssprop_patch as ssp
 from ssprop_patch._progress import Progress
-from ssprop_patch.cli.options import TYPES, D, Parser, count, drop_rate
+from ssprop_patch.cli.options import SELECTIONS, TYPES, D, Parser, count, drop_rate, reader
 
 #: The layers that can have a sparse backward, by their names in small letters.
 KINDS: dict[str, type[nn.Module]] = {name.lower(): getattr(nn, name) for name in TYPES}
+
+
+def add_networks(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """Add ``--network``."""
+    parser.add_argument(
+        "--network",
+        type=reader(Network.parse),
+        nargs="+",
+        default=[Network.parse(text) for text in default],
+        metavar="NAME:BATCH:PIXELS",
+        help=f"of timm, {UNET}, or unet3d_WIDTH",
+    )
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    """Add which layers become sparse, and by which rules."""
+    parser.add_argument(
+        "--types",
+        type=str.lower,
+        choices=KINDS,
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="convert these classes of layers, too: linear, "
+        "convtranspose2d, ...; a linear classifier stays dense",
+    )
+    parser.add_argument("--selection", nargs="+", default=["l1"], choices=SELECTIONS)
+    parser.add_argument(
+        "--remainder",
+        nargs="+",
+        type=lambda text: None if text == "none" else text,
+        default=[None],
+        choices=(None, "coarse"),
+        metavar="{none,coarse}",
+    )
+    parser.add_argument(
+        "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
+    )
+    parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ python benchmarks/bench_step.py                                   # the table of
 python benchmarks/bench_step.py --network vit_tiny_patch16_224:8:224 --types linear
 python benchmarks/bench_step.py --device cuda --amp --channels-last --network resnet50:256:224
 python benchmarks/bench_step.py --network unet2d_cifar10:4:32     # the U-Net of DDPM (diffusers)
+python benchmarks/bench_step.py --network unet3d_16:1:48           # a U-Net of 16 and more channels
 python benchmarks/bench_step.py --selection l1 principal --remainder none coarse
 
 Sides: ``dense`` is the network as it was, ``sparse`` the converted one at --drop-rate, ``rate0``
@@ -27,15 +28,15 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import torch
-from arguments import KINDS, add_timing, measure_all
-from networks import UNET, Network, classifiers
+from arguments import KINDS, add_conversion, add_networks, add_timing, measure_all
+from networks import Network, classifiers
 from rich.console import Console
 from rich.table import Table
 from rows import Row, Setting, compare
 from torch import Tensor, nn
 
 import ssprop_patch as ssp
-from ssprop_patch.cli.options import SELECTIONS, Parser, count, reader
+from ssprop_patch.cli.options import Parser
 from ssprop_patch.timing import MODES, alternate, training_step
 
 # name:batch:pixels, what a small machine trains in a second or so
@@ -53,16 +54,23 @@ NETWORKS = (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what is converted if no types are named
 
 
-def measure(network: Network, args: argparse.Namespace) -> list[Row]:
-    """Return the CSV rows of one network."""
+#: Rate, selection and remainder of converted networks, by the names of their sides.
+Sides = dict[str, tuple[float, str, str | None]]
+
+
+def measure(
+    network: Network, args: argparse.Namespace, converted: Sides | None = None
+) -> list[Row]:
+    """Return the CSV rows of one network; ``converted`` instead of the sides that ``args`` name."""
     device = torch.device(args.device)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    last = torch.channels_last_3d if len(network.shape) == 5 else torch.channels_last
+    layout = last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
     dense = network.build().to(device, memory_format=layout).train()
     x = torch.randn(network.shape, device=device).contiguous(memory_format=layout)
     loss = network.loss(x)
     sides = {"dense": dense}
-    for side, (rate, selection, remainder) in sparse_sides(args).items():
+    for side, (rate, selection, remainder) in (converted or sparse_sides(args)).items():
         sides[side] = make_sparse(dense, rate, args, selection, remainder)
     if args.measured_plan:
         rule = args.selection[0], args.remainder[0]
@@ -101,7 +109,7 @@ def has_rules(args: argparse.Namespace) -> bool:
     return len(args.selection) * len(args.remainder) > 1
 
 
-def sparse_sides(args: argparse.Namespace) -> dict[str, tuple[float, str, str | None]]:
+def sparse_sides(args: argparse.Namespace) -> Sides:
     """Return rate, selection and remainder of each converted side."""
     rules = list(itertools.product(args.selection, args.remainder))
     if not has_rules(args):
@@ -266,39 +274,10 @@ def show_rules(rows: Sequence[Row], console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--network",
-        type=reader(Network.parse),
-        nargs="+",
-        default=[Network.parse(text) for text in NETWORKS],
-        metavar="NAME:BATCH:PIXELS",
-        help=f"of timm, or {UNET}",
-    )
-    parser.add_argument(
-        "--types",
-        type=str.lower,
-        choices=KINDS,
-        nargs="+",
-        default=[],
-        metavar="CLASS",
-        help="convert these classes of layers, too: linear, "
-        "convtranspose2d, ...; a linear classifier stays dense",
-    )
-    parser.add_argument("--selection", nargs="+", default=["l1"], choices=SELECTIONS)
-    parser.add_argument(
-        "--remainder",
-        nargs="+",
-        type=lambda text: None if text == "none" else text,
-        default=[None],
-        choices=(None, "coarse"),
-        metavar="{none,coarse}",
-    )
-    parser.add_argument(
-        "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
-    )
+    add_networks(parser, NETWORKS)
+    add_conversion(parser)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
     parser.add_argument(
         "--measured-plan",
         action="store_true",

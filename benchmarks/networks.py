@@ -1,22 +1,26 @@
-"""The networks that bench_step.py times: timm's, and the U-Net of a diffusion model."""
+"""The networks that are timed: timm's, U-Nets that segment, and that of a diffusion model."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from unet import UNet as SegmentationUNet
+from unet3d import UNet3d
 
-UNET = "unet2d_cifar10"
+#: The U-Net of DDPM, by diffusers; and one in plain torch that segments.
+UNET, SEGMENTATION = "unet2d_cifar10", "unet"
+_UNET3D = re.compile(r"unet3d_(\d+)")  # of volumes, and its narrowest width
 
 
 class Network(NamedTuple):
-    """A network, and the size of its input, (batch, 3, pixels, pixels)."""
+    """A network, and the size of its input, (batch, 3, pixels, pixels) or, in 3-D, a cube."""
 
     name: str
     batch: int
@@ -33,33 +37,67 @@ class Network(NamedTuple):
         name, *numbers = text.split(":")
         if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
             raise ValueError(f"{text!r} is not NAME:BATCH:PIXELS, such as resnet18:16:128")
-        if name == UNET:
+        if name == SEGMENTATION:
+            if int(numbers[1]) % SegmentationUNet.DIVISOR:
+                raise ValueError(f"{text!r}: takes a multiple of {SegmentationUNet.DIVISOR} pixels")
+        elif name == UNET:
             if importlib.util.find_spec("diffusers") is None:
                 raise ValueError(f"{UNET} needs diffusers: pip install diffusers")
             if int(numbers[1]) % 8:
                 raise ValueError(f"{text!r}: {UNET} takes a multiple of 8 pixels")
-        elif not timm.is_model(name):
-            near = difflib.get_close_matches(name, [*timm.list_models(), UNET], n=3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(f"timm has no network {name!r}{hint}")
+        elif _UNET3D.fullmatch(name):
+            if int(numbers[1]) % UNet3d.MULTIPLE:
+                raise ValueError(f"{text!r}: {name} takes a multiple of {UNet3d.MULTIPLE} pixels")
+        else:
+            _check_name(name)
         return cls(name, *map(int, numbers))
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of the input."""
+        if self.width:
+            return self.batch, 1, self.pixels, self.pixels, self.pixels
         return self.batch, 3, self.pixels, self.pixels
+
+    @property
+    def width(self) -> int:
+        """Of a 3-D U-Net, channels of its first layers; 0 of another network."""
+        found = _UNET3D.fullmatch(self.name)
+        return int(found[1]) if found else 0
 
     def build(self) -> nn.Module:
         """Return the network with random weights."""
-        return UNet(self.pixels) if self.name == UNET else timm.create_model(self.name)
+        if self.width:
+            return UNet3d(self.width)
+        if self.name == SEGMENTATION:
+            return SegmentationUNet()
+        if self.name == UNET:
+            return UNet(self.pixels)
+        import timm
+
+        return timm.create_model(self.name)
 
     def loss(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the loss as a function of the output for the input ``x``: random targets."""
-        if self.name == UNET:
+        if self.name == UNET or self.width:
             noise = torch.randn_like(x)
             return lambda out: F.mse_loss(out.float(), noise)
+        if self.name == SEGMENTATION:
+            of_pixels = torch.randint(2, (x.shape[0], *x.shape[2:]), device=x.device)
+            return lambda out: F.cross_entropy(out, of_pixels)
         classes = torch.randint(1000, x.shape[:1], device=x.device)
         return lambda out: F.cross_entropy(out, classes)
+
+
+def _check_name(name: str) -> None:
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"{name} needs timm: pip install timm")
+    import timm  # takes seconds, and the U-Nets do without
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*timm.list_models(), UNET, SEGMENTATION], n=3)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no network {name!r}{hint}")
 
 
 class UNet(nn.Module):

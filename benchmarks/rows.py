@@ -67,7 +67,7 @@ class Setting:
             memory_format=_word(memory_format).removesuffix("_format"),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            timm=_version("timm"),
+            timm=version("timm"),
             python=platform.python_version(),
             **others,
         )
@@ -217,7 +217,8 @@ def _word(constant: torch.dtype | torch.memory_format) -> str:
     return str(constant).removeprefix("torch.")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Return the version of a package; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

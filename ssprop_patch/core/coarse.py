@@ -38,7 +38,9 @@ class Coarse:
     """``remainder="coarse"`` with another resolution.
 
     Args:
-        block_size: Output positions of a block in each dimension; fewer where the map is smaller.
+        block_size: Output positions of a block in each dimension. A map is divided evenly, into
+            blocks of about this size: of at most half as much again, and of the whole map where
+            that is smaller.
 
     Raises:
         TypeError, ValueError: If it is not a whole number of at least 2.
@@ -50,9 +52,22 @@ class Coarse:
         check_count(self.block_size, "block_size", 2)
 
 
+def divide(length: int, block: int) -> tuple[int, int]:
+    """Return the size and the number of the blocks of one dimension.
+
+    As many as ``length / block`` is when it is rounded, half down: a map of 5 positions is one
+    block, and not one of 4 and a sliver that costs as much.
+    """
+    if not length:
+        return 0, 0
+    wanted = max(1, -((block - 2 * length) // (2 * block)))
+    size = -(-length // wanted)
+    return size, -(-length // size)
+
+
 def count_blocks(length: Sequence[int], block: int) -> tuple[int, ...]:
     """Return how many blocks a map has in each dimension."""
-    return tuple(-(-n // min(block, n)) if n else 0 for n in length)
+    return tuple(divide(n, block)[1] for n in length)
 
 
 class Cells(NamedTuple):
@@ -72,9 +87,9 @@ class Cells(NamedTuple):
 
     @classmethod
     def blocks(cls, length: tuple[int, ...], block: int) -> Self:
-        """Return cells of ``block`` positions in each dimension, from the first position on."""
-        size = tuple(min(block, n) for n in length)
-        return cls(length, (0,) * len(length), size, count_blocks(length, block))
+        """Return cells of about ``block`` positions in each dimension, see :func:`divide`."""
+        size, number = zip(*(divide(n, block) for n in length), strict=True)
+        return cls(length, (0,) * len(length), size, number)
 
     def sums(self, t: Tensor) -> Tensor:
         """Return the sum over each cell's positions inside the map, (N, C, *count).
@@ -180,7 +195,8 @@ class CoarseTwin:
         y_size: Positions of the output.
         kernel: Taps in each dimension.
         params: Geometry.
-        block: Output positions of a block in each dimension (input positions, if transposed).
+        block: About how many output positions a block has in each dimension (input positions, if
+            transposed).
     """
 
     cells = Cells
@@ -257,9 +273,9 @@ class CoarseTwin:
             dx, dw = self._of_rows(e, x, matrix, needs_x, needs_w)
         else:
             dx = self._products(e, matrix) if needs_x else None
+            if dx is not None and not self.transposed:
+                dx = self._over_inside(dx)
             dw = self._sums(e, self._pool_input(x), matrix) if needs_w else None
-        if dx is not None and not self.transposed:
-            dx = self._over_inside(dx)
         return dx, None if dw is None else dw.view(*dw.shape, *(1,) * self._dims)
 
     def spread_taps(self, dw: Tensor, w: Tensor) -> Tensor:
@@ -291,14 +307,18 @@ class CoarseTwin:
         self, e: Tensor, x: Tensor, matrix: Tensor, needs_x: bool, needs_w: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of the 1x1 convolution by ``matrix``, of one group."""
-        rows, dx, dw = _channel_rows(e), None, None
+        rows, dx, dw = channel_rows(e), None, None
         if needs_w:
-            of_x = _channel_rows(self._pool_input(x))
+            of_x = channel_rows(self._pool_input(x))
             dw = of_x.t() @ rows if self.transposed else rows.t() @ of_x
         if needs_x:
-            last = rows @ (matrix.t() if self.transposed else matrix)
-            dx = last.view(e.shape[0], *e.shape[2:], -1).movedim(-1, 1)
+            dx = self._as_cells(rows @ (matrix.t() if self.transposed else matrix), e)
         return dx, dw
+
+    def _as_cells(self, rows: Tensor, e: Tensor) -> Tensor:
+        """Return dX of :meth:`backward` from its channels, one row for each block of ``e``."""
+        dx = rows.view(e.shape[0], *e.shape[2:], -1).movedim(-1, 1)
+        return dx if self.transposed else self._over_inside(dx)
 
     def _products(self, e: Tensor, matrix: Tensor) -> Tensor:
         """Return the gradient of the input of the 1x1 convolution by ``matrix``."""
@@ -330,6 +350,6 @@ def _seen(
     return tuple(shares)
 
 
-def _channel_rows(t: Tensor) -> Tensor:
+def channel_rows(t: Tensor) -> Tensor:
     """Return (N, C, *positions) as a matrix of positions by channels."""
     return t.movedim(1, -1).reshape(-1, t.shape[1])

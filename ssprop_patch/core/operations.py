@@ -21,6 +21,7 @@ from .selection import selectable_channels
 #: dX, dW and db; None for what was not asked for.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 #: Which of dX, dW and db are needed, as ``aten.convolution_backward`` takes it.
+DxDw = tuple[Tensor | None, Tensor | None]
 OutputMask = tuple[bool, bool, bool]
 
 

@@ -198,17 +198,26 @@ class Subspace:
 
     Args:
         settings: Default: those of ``selection="principal"``.
+
+    Attributes:
+        passes: Backward passes so far.
+        calls: Backward calls of this object so far.
+        last: Which directions the weight gradient of the last call lies along, ``"dy"`` or
+            ``"dw"``, these, and the dtype that it was computed in; None if it may be any.
     """
 
     def __init__(self, settings: Principal | None = None) -> None:
         self.settings = settings or Principal()
-        self.passes = 0
+        self.passes = self.calls = 0
+        self.last: tuple[Literal["dy", "dw"], Tensor, torch.dtype] | None = None
         self.bases: dict[str, Basis] = {}
         self._task = -1
         self.lock = threading.Lock()  # held while directions are asked for, or refreshed
 
     def begin_call(self) -> bool:
         """Take note that a backward call begins; return whether it refreshes the directions."""
+        self.calls += 1
+        self.last = None
         task = current_graph_task_id()
         if self.passes == 0 or task < 0 or task != self._task:
             self.passes += 1

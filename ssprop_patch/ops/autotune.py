@@ -155,6 +155,8 @@ def _may_measure(x: Tensor, key: _Key) -> bool:
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
+    if x.is_cpu and native.are_compiling():  # the choice is kept, and they may be the fastest
+        return False
     layer = (*key[:5], *key[6:])
     _shapes_timed[layer] = _shapes_timed.get(layer, 0) + 1
     return _shapes_timed[layer] <= _MOST_SHAPES

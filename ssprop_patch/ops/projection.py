@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.geometry import ConvParams
+from ..core.operations import DxDw
 from ..core.rule import BackwardRule, ranks
 from . import autotune
 from .channel_gradients import AllChannels
@@ -16,8 +17,6 @@ from .pointwise import is_pointwise
 
 #: Whether dX and dW are needed.
 Needs = tuple[bool, bool]
-#: dX and dW.
-DxDw = tuple[Tensor | None, Tensor | None]
 
 
 def mix(t: Tensor, matrices: Tensor) -> Tensor:
@@ -82,6 +81,7 @@ def output_basis(dy: Tensor, groups: int, k: int, rule: BackwardRule) -> tuple[T
         if refresh or not basis.fits(k):
             basis.turn(k, subspace.settings.energy, subspace.is_warm)
         assert basis.vectors is not None
+        subspace.last = "dy", basis.vectors, dy.dtype
         return basis.vectors, refresh
 
 
@@ -185,6 +185,7 @@ def input_bases(
             if basis is not None and not basis.fits(rank):
                 basis.turn(rank, subspace.settings.energy, subspace.is_warm)
             found.append(None if basis is None else basis.vectors)
+        subspace.last = None if found[1] is None else ("dw", found[1], w.dtype)
         return InputBases(*found)
 
 

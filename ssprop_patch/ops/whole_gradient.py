@@ -10,9 +10,8 @@ from math import ceil
 
 from torch import Tensor
 
-from ..core.coarse import CoarseTwin
 from ..core.geometry import ConvParams, convolution_shape
-from ..core.operations import Grads, OutputMask
+from ..core.operations import DxDw, Grads, OutputMask
 from ..core.reference import dense_backward
 from ..core.rule import BackwardKind, BackwardRule, Extent, kind_of
 from ..schedule.call_observer import CallObserver
@@ -21,7 +20,6 @@ from .channel_gradients import KeptChannels
 from .coarse_twin import FastTwin
 from .native.tensors import check_memory
 from .projection import (
-    DxDw,
     Needs,
     along_input,
     along_output,
@@ -167,8 +165,7 @@ def _along_channels(
     pooled = twin.pool_output(dy)
     if output_mask[2]:
         db = _sum_of_channels(dy if p.transposed else pooled)  # of a transposed one: means
-    rest = pooled.index_fill(1, kept.index, 0)
-    return *_add(twin, (dx, dw), twin.backward(rest, x, w, *needs)), db
+    return *twin.add_others((dx, dw), pooled, kept.index, x, w), db
 
 
 def _sum_of_channels(t: Tensor) -> Tensor:
@@ -192,7 +189,7 @@ def _along_output(
     if kind.block:
         twin = FastTwin.of(dy, x, w, p, rule.block)
         rest = twin.pool_output(dy) - mix(twin.pool_output(z), u.mT)
-        pair = _add(twin, pair, twin.backward(rest, x, w, *needs))
+        pair = twin.add_backward(pair, rest, x, w)
     return pair, u.shape[2], kind._replace(refreshed=refreshed)
 
 
@@ -223,15 +220,5 @@ def _along_input(
             dw = (rows - rows @ t @ t.mT).reshape(w.shape)
             pair = pair[0], None if pair[1] is None else pair[1] + dw
             dw = None
-        pair = _add(twin, pair, (dx, dw))
+        pair = twin.add(pair, (dx, dw))
     return pair, ceil(bases.share() * (w.shape[0] // p.groups)), kind
-
-
-def _add(twin: CoarseTwin, pair: DxDw, coarse: DxDw) -> DxDw:
-    dx, dw = pair
-    if dx is not None:
-        assert coarse[0] is not None
-        dx = twin.of_x.add_spread(dx, coarse[0])
-    if dw is not None and coarse[1] is not None:
-        dw = twin.add_taps(dw, coarse[1])
-    return dx, dw

@@ -90,7 +90,7 @@ def convert(
             ``plan(model, selection="principal")`` says which.
         remainder: What becomes of the gradient that is not selected. None: it is dropped, as in the
             paper. ``"coarse"`` (:class:`ssprop_patch.Coarse` has its settings): it goes back
-            averaged over blocks of 4 x 4 positions, for one or two percent of the FLOPs.
+            averaged over blocks of about 4 x 4 positions, for one or two percent of the FLOPs.
         sync_selection: Under DDP or FSDP, whether all ranks keep the same channels: those that one
             process with the whole batch would keep. By default each rank chooses by its own part
             of the batch, so that the averaged gradient has more non-zero rows than one rank's.

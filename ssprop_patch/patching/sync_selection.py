@@ -99,6 +99,12 @@ class SynchronizedScores:
             dist.all_reduce(sample, group=group)
         return sample
 
+    def is_shared_by(self, group: Any) -> bool:
+        """Whether the ranks of ``group``, and no others, select together."""
+        mine = None if self._group is None else self._group()
+        of_mine = dist.get_process_group_ranks(dist.group.WORLD if mine is None else mine)
+        return of_mine == dist.get_process_group_ranks(group)
+
     def _group_in_use(self, device: torch.device) -> Any:
         """Return the group to reduce over, or None where there is nobody to agree with."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

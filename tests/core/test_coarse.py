@@ -5,7 +5,7 @@ import torch
 
 from core.twins import convolve, layers, twin, twin_gradients
 from ssprop_patch import Coarse
-from ssprop_patch.core.coarse import Cells, CoarseTwin, count_blocks
+from ssprop_patch.core.coarse import Cells, CoarseTwin, count_blocks, divide
 from ssprop_patch.core.geometry import ConvParams
 
 close = dict(rtol=1e-11, atol=1e-11)
@@ -72,7 +72,7 @@ def test_pooling_is_linear_and_takes_any_number_of_channels():
     made = CoarseTwin.of(*(torch.zeros(2, c, 7, 9) for c in (5, 3)), torch.zeros(5, 3, 1, 1), P, 4)
     a, b = torch.randn(2, 11, 7, 9).double(), torch.randn(2, 11, 7, 9).double()
     pooled = made.pool_output(a - 2 * b)
-    assert pooled.shape == (2, 11, 2, 3)
+    assert pooled.shape == (2, 11, 2, 2)
     torch.testing.assert_close(pooled, made.pool_output(a) - 2 * made.pool_output(b), **close)
     torch.testing.assert_close(pooled.sum((2, 3)), (a - 2 * b).sum((2, 3)), **close)
 
@@ -116,9 +116,30 @@ def test_cells_are_clipped_where_they_reach_over_an_edge():
     assert Cells((2,), (-4,), (4,), (2,)).inside(ones).tolist() == [1, 2]
 
 
-def test_blocks_are_no_larger_than_the_map():
-    assert count_blocks((9, 3, 8), 4) == (3, 1, 2)
+def test_a_map_is_divided_into_blocks_of_about_that_size():
+    assert count_blocks((9, 3, 8), 4) == (2, 1, 2)
     assert count_blocks((0, 1), 4) == (0, 1)
+    for block in range(2, 10):
+        for n in range(1, 60):
+            size, number = divide(n, block)
+            assert (number - 1) * size < n <= number * size  # none is empty
+            assert size <= 1.5 * block and (2 * size > block or size == n)
+
+
+def test_common_maps_have_no_slivers():
+    sizes = {n: divide(n, 4) for n in (4, 5, 7, 10, 14, 20, 28, 40, 56, 112)}
+    assert sizes == {
+        4: (4, 1),
+        5: (5, 1),
+        7: (4, 2),
+        10: (5, 2),
+        14: (5, 3),
+        20: (4, 5),
+        28: (4, 7),
+        40: (4, 10),
+        56: (4, 14),
+        112: (4, 28),
+    }
 
 
 @pytest.mark.parametrize("wrong", [1, 0, -4, 2.5, "4", None, True])

@@ -74,12 +74,12 @@ def test_where_there_is_nothing_to_compute():
 def test_extents():
     e = extent(8, 12, kernel=3, size=10, groups=2, block=4)
     assert (e.channels, e.inputs, e.taps, e.groups) == (12, 4, 9, 2)
-    assert (e.x_positions, e.y_positions, e.blocks) == (800, 800, 8 * 9)
+    assert (e.x_positions, e.y_positions, e.blocks) == (800, 800, 8 * 4)
     assert e.macs == 800 * 12 * 4 * 9 and e.reads == 36
-    assert e.coarse_share == pytest.approx(9 / (100 * 9))
+    assert e.coarse_share == pytest.approx(4 / (100 * 9))
     t = extent(8, 12, kernel=3, size=10, stride=2, transposed=True, block=4)
     assert (t.channels, t.inputs, t.y_positions) == (12, 8, 8 * 400)
-    assert t.macs == 800 * 8 * 12 * 9 and t.reads == 18 and t.blocks == 8 * 9
+    assert t.macs == 800 * 8 * 12 * 9 and t.reads == 18 and t.blocks == 8 * 4
     # A linear layer, with rows of any shape; and a call without a batch.
     assert Extent.of((5, 7, 6), (4, 6), (5, 7, 4), 1).y_positions == 35
     assert Extent.of((6,), (4, 6), (4,), 1).macs == 24

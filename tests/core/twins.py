@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
+from decimal import ROUND_HALF_DOWN, Decimal
 
 import oracle
 import torch
@@ -85,7 +86,8 @@ def layers(number, seed, channels=((1, 2), (1, 3)), blocks=(2, 3, 4)):
 
 def _cells(fine, large, kernel, stride, padding, dilation, block):
     """The blocks of one dimension, and of each the tile in the middle of what it reads."""
-    block = min(block, fine)
+    nearest = (Decimal(fine) / block).to_integral_value(ROUND_HALF_DOWN)
+    block = math.ceil(fine / max(1, int(nearest)))
     read = dilation * (kernel - 1) + 1
     for first in range(0, fine, block):
         start = first * stride - padding + math.ceil((read - stride) / 2)

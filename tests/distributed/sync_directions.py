@@ -6,9 +6,13 @@ import torch
 import torch.distributed as dist
 from patching.by_reference import TYPES, images, loss, make, subspaces
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import ssprop_patch as ssp
+from distributed import by_hand
+from distributed.fsdp_checks import needs_fsdp2
 from distributed.sync_scores import SYNC, check, gradient, watched
 
 
@@ -108,3 +112,53 @@ def a_rank_with_fewer_samples_or_none_takes_part_in_whatever_the_other_does():
         for basis in bases(net).values():
             first, second = of_ranks(basis.vectors)
             assert torch.equal(first, second)
+
+
+def trained(wrap, steps=4):
+    """The gradients of each step, and the directions after them."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Conv2d(16, 64, 1)).double()
+    torch.manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    model, found = wrap(net), []
+    for seed in range(steps):
+        model.zero_grad()
+        out = model(images(2 * seed + dist.get_rank()))
+        (out * torch.linspace(0.1, 1, 64).view(-1, 1, 1)).square().sum().backward()
+        found.append([by_hand.full(p.grad).clone() for p in net.parameters()])
+    return found, bases(net)
+
+
+@check
+@needs_fsdp2
+def directions_are_the_same_under_fsdp2_and_compiled():
+    def converted(net):
+        return ssp.convert(net, 0.7, selection="principal", **SYNC)
+
+    def sharded(net):
+        for part in (net[0], net):
+            fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+        return net
+
+    def compiled(model):
+        return torch.compile(model, backend="aot_eager")
+
+    expected, expected_bases = trained(lambda net: DDP(converted(net)))
+    assert len(expected_bases) == 3  # of dy, and of dX and dW of the expanding one
+    for wrap in (
+        lambda net: sharded(converted(net)),
+        lambda net: converted(sharded(net)),
+        lambda net: compiled(DDP(converted(net))),
+        lambda net: DDP(compiled(converted(net))),
+        lambda net: compiled(sharded(converted(net))),
+    ):
+        torch._dynamo.reset()
+        found, found_bases = trained(wrap)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        for key, basis in expected_bases.items():
+            name = next(k for k in found_bases if k[0].endswith(key[0]) and k[1] == key[1])
+            found_basis = found_bases[name]
+            torch.testing.assert_close(found_basis.covariance, basis.covariance)
+            assert torch.equal(*of_ranks(found_basis.vectors))
+    torch._dynamo.reset()

@@ -3,11 +3,11 @@
 import pytest
 from metering import ddp_checks as meter_checks
 
-from distributed import ddp_checks, fsdp_checks, sync_checks
+from distributed import compress_checks, ddp_checks, fsdp_checks, sync_checks
 from distributed.launch import launch
 
 # The last one of sync_checks ends the process group.
-FILES = (ddp_checks, fsdp_checks, meter_checks, sync_checks)
+FILES = (ddp_checks, compress_checks, fsdp_checks, meter_checks, sync_checks)
 NAMES = [f"{file.__name__}.{name}" for file in FILES for name in file.check]
 
 

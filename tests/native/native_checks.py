@@ -54,5 +54,7 @@ def each_case(shapes):
 
 def forget():
     """Forget what this process compiled: the next call looks for it as a new process does."""
-    for function in (build.library, build._build, cache._version_of):
+    for function in (build._build, build._announce, cache._version_of):
         function.cache_clear()
+    for found in (build._settled, build._compiling):
+        found.clear()

@@ -3,7 +3,7 @@
 Each does in one reading what takes torch's operations several, or two while what was read is still
 in the cache. They take contiguous and channels_last tensors of float32 and float64, sum in float64,
 give the same bits in every run with the same number of threads, and use torch's threads. They are
-compiled at their first use on a machine (a second or two), if there is a C compiler; ask
+compiled at their first use on a machine (some seconds), if there is a C compiler; ask
 :func:`is_available` of their tensors first. None of them is differentiable, and none is for a
 traced tensor (torch.compile). Shapes that do not fit and indices that are none of a channel are
 errors.
@@ -12,7 +12,7 @@ errors.
 from __future__ import annotations
 
 from .batch_norm import norm_input_grad, norm_sums, norm_sums_and_cells
-from .build import find_compiler, why_unavailable
+from .build import are_compiling, find_compiler, why_unavailable
 from .channel_ops import (
     channel_sums,
     put_rows,
@@ -25,6 +25,7 @@ from .rows import rows_backward
 from .tensors import is_available
 
 __all__ = [
+    "are_compiling",
     "channel_sums",
     "is_available",
     "may_be_available",

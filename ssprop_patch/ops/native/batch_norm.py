@@ -24,6 +24,9 @@ from .tensors import (
 if TYPE_CHECKING:
     from ...core.coarse import Cells
 
+#: The numbers of ``BLOCK`` in csrc/common.h.
+_BLOCK = 2048
+
 
 def norm_sums(
     dz: Tensor,
@@ -95,7 +98,7 @@ def _norm_sums(
         if last:
             room += threads * c
         else:
-            room = threads * shape.size[0] * shape.length[1]
+            room = threads * max(_BLOCK, shape.size[0] * shape.length[1])
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
     weight = None if weight is None else _vector(weight, x)
     mean, invstd = _vector(mean, x), _vector(invstd, x)

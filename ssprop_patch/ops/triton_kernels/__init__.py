@@ -10,7 +10,8 @@ None of them is differentiable, and none is for a traced tensor (torch.compile).
 The kernels, and with them triton, are imported by the first call that launches one, not with this
 package. Ask :func:`is_available` before each.
 
-**Their speed has not been measured.** They have been run in Triton's interpreter and compiled for
+**They are experimental, and off unless asked for** (``SSPROP_PATCH_TRITON=1``): their speed has not
+been measured. They have been run in Triton's interpreter and compiled for
 sm_80, sm_90 and gfx942; no GPU has run them yet. The block sizes follow the rules for kernels bound
 by bandwidth: reads of 16 bytes a thread where sizes allow it, tiles as wide as a cache line along
 the dimension that lies side by side, several programs on each multiprocessor.

@@ -49,7 +49,8 @@ def test_same_gradients_without_forming_them(formed, summed, selection, block, d
     if last:
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     assert_same(*both(model, x, selection, ssp.Coarse(block)))
-    assert summed == [(block,) * dims] * 2
+    assert [len(size) for size in summed] == [dims] * 2
+    assert all(block - 1 <= n <= 1.5 * block for size in summed for n in size)
     assert formed["whole"] == 0 and formed["part"] == 2
 
 

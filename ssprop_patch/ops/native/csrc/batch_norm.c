@@ -62,24 +62,33 @@ INLINE T dy_of_positions(
     return sum;
 }
 
-/* As sum_of_dy of one map, whose sums over cells go to `out`. `work` holds the rows of a cell. */
+/* How many rows of cells cells_of_map does at a time: one, or what fits into a BLOCK. */
+INLINE int64_t rows_of_cells(const CellShape *s)
+{
+    return max(1, BLOCK / (s->size[0] * s->length[1]));
+}
+
+/* As sum_of_dy of one map, whose sums over cells go to `out`. `work` holds what is done at a time. */
 static double cells_of_map(
     const T *dz, const T *r, const T *x, T mean, T shift, T slope, T scale, const CellShape *s,
     int relu, int order, T *out, T *restrict work)
 {
-    int64_t width = s->length[1];
+    int64_t width = s->length[1], a_row = s->size[0] * width, step = rows_of_cells(s) * a_row;
+    int64_t whole = s->length[0] * width;
     double sum = 0;
-    for (int64_t row = 0; row < s->length[0]; row += s->size[0], out += s->number[1]) {
-        int64_t rows = min(s->size[0], s->length[0] - row), end = (row + rows) * width;
-        for (int64_t from = row * width; from < end; from += BLOCK) {
-            T *dy = work + (from - row * width);
+    for (int64_t first = 0; first < whole; first += step) {
+        int64_t end = min(first + step, whole);
+        for (int64_t from = first; from < end; from += BLOCK) {
+            T *dy = work + (from - first);
             int64_t size = min(end - from, BLOCK);
             sum += BY_BOTH(
                 dy_of_positions, dz + from, r + from, x + from, mean, shift, slope, size, dy);
         }
-        cells_of_rows(work, rows, s, out);
-        for (int64_t b = 0; b < s->number[1]; b++)
-            out[b] *= scale;
+        for (int64_t at = first; at < end; at += a_row, out += s->number[1]) {
+            cells_of_rows(work + (at - first), min(a_row, end - at) / width, s, out);
+            for (int64_t b = 0; b < s->number[1]; b++)
+                out[b] *= scale;
+        }
     }
     return sum;
 }
@@ -91,7 +100,7 @@ static void norm_of_channels(
 {
     T per_position = 1 / (T)(n * s);
     int64_t each = cells ? cells->number[0] * cells->number[1] : 0;
-    int64_t room = cells ? cells->size[0] * cells->length[1] : 0;
+    int64_t room = cells ? rows_of_cells(cells) * cells->size[0] * cells->length[1] : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int th = 0; th < threads; th++)
         for (int64_t ch = c * th / threads; ch < c * (th + 1) / threads; ch++) {
@@ -219,8 +228,8 @@ static void row_of_cells(
 }
 
 /* `work` holds threads * 3 * c doubles, where channels lie side by side. `lines` holds 3 * c numbers,
-   and with cells for each thread c more, or the rows of a cell. The cells begin at
-   the first row and column. */
+   and with cells for each thread c more; else, with cells, a BLOCK, or a row of cells if that is
+   more. The cells begin at the first row and column. */
 void norm_sums(
     const T *dz, const T *r, const T *x, const T *mean, const T *invstd, const T *weight,
     int64_t n, int64_t c, int64_t s, int last, int relu, int order, const CellShape *cells,

@@ -64,69 +64,70 @@ static void add_columns(const T *restrict values, Range rows, const CellShape *s
 
 /* --- each channel by itself --------------------------------------------------------------------
 
-   Rows are short and cells usually four columns wide, or a multiple of that: a vector of four. */
+   Rows are short and cells narrow: a few vectors of four, and a few numbers. Where their number is
+   known when compiling, the loops are unrolled. */
 
 typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
 
-/* Returns how many cells at the beginning of a row are whole and made of fours. */
-INLINE int64_t cells_of_fours(const CellShape *s)
-{
-    return s->start[1] || s->size[1] % 4 ? 0 : min(s->number[1], s->length[1] / s->size[1]);
-}
-
-INLINE T sum_of_fours(const T *from, int64_t rows, int64_t width, int64_t size)
+INLINE T sum_of_cell(const T *restrict from, int64_t rows, int64_t width, int64_t size)
 {
     Four sum = {0};
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < size; j += 4)
-            sum += *(const Four *)(from + r * width + j);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    T rest = 0;
+    for (int64_t r = 0; r < rows; r++, from += width) {
+        int64_t j = 0;
+        for (; j + 4 <= size; j += 4)
+            sum += *(const Four *)(from + j);
+        for (; j < size; j++)
+            rest += from[j];
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]) + rest;
 }
 
-INLINE void add_to_fours(T value, int64_t rows, int64_t width, int64_t size, T *to)
+INLINE void add_to_cell(T value, int64_t rows, int64_t width, int64_t size, T *restrict to)
 {
     Four four = {value, value, value, value};
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < size; j += 4)
-            *(Four *)(to + r * width + j) += four;
+    for (int64_t r = 0; r < rows; r++, to += width) {
+        int64_t j = 0;
+        for (; j + 4 <= size; j += 4)
+            *(Four *)(to + j) += four;
+        for (; j < size; j++)
+            to[j] += value;
+    }
 }
+
+/* `step` for the cells of a row that begin at the map's edge and are whole, by their usual sizes;
+   then for the others. */
+#define FOR_EACH_CELL(step)                                                                        \
+    do {                                                                                           \
+        int64_t width = s->length[1], size = s->size[1], count = rows.to - rows.from, b = 0;       \
+        int64_t whole = s->start[1] ? 0 : min(s->number[1], width / size);                         \
+        if (size == 4 && count == 4)                                                               \
+            for (; b < whole; b++)                                                                 \
+                step(b * 4, 4, 4);                                                                 \
+        if (size == 5 && count == 5)                                                               \
+            for (; b < whole; b++)                                                                 \
+                step(b * 5, 5, 5);                                                                 \
+        if (size == 4)                                                                             \
+            for (; b < whole; b++)                                                                 \
+                step(b * 4, count, 4);                                                             \
+        for (; b < s->number[1]; b++) {                                                            \
+            Range columns = inside(b, s->start[1], size, width);                                   \
+            step(columns.from, count, columns.to - columns.from);                                  \
+        }                                                                                          \
+    } while (0)
 
 static void sum_cells_of_map(const T *map, Range rows, const CellShape *s, T *restrict out)
 {
-    int64_t width = s->length[1], size = s->size[1], b = 0, whole = cells_of_fours(s);
-    const T *row = map + rows.from * width;
-    int64_t count = rows.to - rows.from;
-    if (count == 4 && size == 4) /* as usual: unrolled */
-        for (; b < whole; b++)
-            out[b] = sum_of_fours(row + b * 4, 4, width, 4);
-    for (; b < whole; b++)
-        out[b] = sum_of_fours(row + b * size, count, width, size);
-    for (; b < s->number[1]; b++) {
-        Range columns = inside(b, s->start[1], size, width);
-        T sum = 0;
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t j = columns.from; j < columns.to; j++)
-                sum += row[r * width + j];
-        out[b] = sum;
-    }
+    const T *row = map + rows.from * s->length[1];
+#define SUM(from, height, wide) out[b] = sum_of_cell(row + (from), height, width, wide)
+    FOR_EACH_CELL(SUM);
 }
 
 static void add_cells_to_map(const T *restrict values, Range rows, const CellShape *s, T *map)
 {
-    int64_t width = s->length[1], size = s->size[1], b = 0, whole = cells_of_fours(s);
-    T *row = map + rows.from * width;
-    int64_t count = rows.to - rows.from;
-    if (count == 4 && size == 4)
-        for (; b < whole; b++)
-            add_to_fours(values[b], 4, width, 4, row + b * 4);
-    for (; b < whole; b++)
-        add_to_fours(values[b], count, width, size, row + b * size);
-    for (; b < s->number[1]; b++) {
-        Range columns = inside(b, s->start[1], size, width);
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t j = columns.from; j < columns.to; j++)
-                row[r * width + j] += values[b];
-    }
+    T *row = map + rows.from * s->length[1];
+#define ADD(from, height, wide) add_to_cell(values[b], height, width, wide, row + (from))
+    FOR_EACH_CELL(ADD);
 }
 
 void cells_of_rows(const T *rows, int64_t count, const CellShape *s, T *restrict out)

@@ -9,9 +9,6 @@
 
 #include "move.h"
 
-/* Loaded from and stored to any address of a T. */
-typedef T V __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-
 /* Channels whose sums are in registers at a time, POSITIONS vectors of each. */
 #define CHANNELS 4
 /* Terms of dX at a time, whose dY the first cache holds. */

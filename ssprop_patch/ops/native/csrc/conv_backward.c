@@ -3,6 +3,28 @@
 
 #include "common.h"
 
+/* Compiled with -DSTAMPS, conv_backward writes down how many nanoseconds its parts took, for
+   benchmarks/where.py, which asks for that after each call. */
+#ifdef STAMPS
+#include <time.h>
+enum { CHOOSING, GATHERING, WEIGHT, INPUT, ROWS, PARTS };
+extern int64_t conv_backward_ns[PARTS];
+int64_t conv_backward_ns[PARTS];
+
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+#define BEGIN_STAMPS int64_t stamp = (memset(conv_backward_ns, 0, sizeof conv_backward_ns), now())
+#define STAMP(part) (conv_backward_ns[part] = now() - stamp, stamp = now())
+#else
+#define BEGIN_STAMPS
+#define STAMP(part)
+#endif
+
 static int64_t product(const int64_t *sizes)
 {
     return sizes[0] * sizes[1] * sizes[2];
@@ -41,11 +63,13 @@ int conv_backward(
 {
     int64_t size = product(s->out_size), kept = groups * k, scores = (threads + 3) * s->c_out;
     int last = s->dy_last || size == 1;
+    BEGIN_STAMPS;
     double *work = malloc(scores * sizeof(double) + s->n * kept * size * sizeof(T));
     if (!work)
         return NO_MEMORY;
     T *taken = (T *)(work + scores);
     topk_channels(dy, s->n, s->c_out, size, last, order, groups, k, work, index, threads);
+    STAMP(CHOOSING);
     if (last)
         take_channels(dy, index, kept, s->n * size, s->c_out, taken, threads);
     else {
@@ -55,17 +79,21 @@ int conv_backward(
                 memcpy(taken + (i * kept + j) * size, dy + (i * s->c_out + index[j]) * size,
                        size * sizeof(T));
     }
+    STAMP(GATHERING);
     int done = DONE;
-    if (are_rows(s))
+    if (are_rows(s)) {
         done = rows_backward(
             taken, x, w, index, s->n, s->c_in, s->c_out, kept, dx, dw, db, threads);
-    else {
+        STAMP(ROWS);
+    } else {
         if (db)
             done = conv_db(taken, index, s, db);
         if (dw && done == DONE)
             done = conv_dw(taken, x, index, s, dw, threads);
+        STAMP(WEIGHT);
         if (dx && done == DONE)
             done = conv_dx(taken, w, index, s, dx, threads);
+        STAMP(INPUT);
     }
     free(work);
     return done;

@@ -8,16 +8,7 @@
 #ifndef LAYOUT_H
 #define LAYOUT_H
 
-#include "common.h"
-
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-#define LANES ((int64_t)(BYTES / sizeof(T)))
+#include "vector.h"
 
 /* Vectors of positions that are computed at a time: that far behind the last one may be
    written. */

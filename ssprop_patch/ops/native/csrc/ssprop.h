@@ -78,6 +78,16 @@ void cells_of_rows(const T *rows, int64_t count, const CellShape *s, T *restrict
 
 void add_cells(const T *values, const CellShape *s, T *maps, int threads);
 
+/* --- taps.c ----------------------------------------------------------------------------------- */
+
+int sum_taps(
+    const T *w, const int64_t *index, int64_t k, int64_t c_out, int64_t c, int64_t taps, int last,
+    const T *shares, T *out, int threads);
+
+int put_taps(
+    const T *rows, const int64_t *index, int64_t k, int64_t c_out, int64_t c, int64_t taps,
+    int last, const T *shares, T *dw, int threads);
+
 /* --- rows.c ----------------------------------------------------------------------------------- */
 
 int rows_backward(

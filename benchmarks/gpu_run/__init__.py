@@ -1,0 +1,1 @@
+"""What gpu.py does: are the kernels right, and what do they bring."""
