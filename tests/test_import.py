@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
 BEGIN = """
 import sys, torch
 before = set(sys.modules)
@@ -85,5 +88,8 @@ print("torch._dynamo" in sys.modules)
 """
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="a limit of torch 2.6, see docs/limits.md"
+)
 def test_what_is_compiled_first_while_a_meter_watches_is_counted_too():
     assert run(COMPILES) == ["True"]
