@@ -130,6 +130,11 @@ def markdown(rows: Sequence[Sequence[str]], align: str = "l") -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
+def counted(n: int, what: str) -> str:
+    """Return ``1 layer``, ``2 layers``: a number of things, ``what`` being one of them."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def sizes(shape: Iterable[int]) -> str:
     """Return ``8x3x224x224``."""
     return "x".join(map(str, shape))

@@ -202,6 +202,22 @@ else:
 MODES_SEE_OPERATORS = not issubclass(TorchDispatchMode, _NoDispatchMode)
 
 
+class EagerDispatchMode(TorchDispatchMode):
+    """A mode that is entered only where nothing is compiled, so that Dynamo cannot trace it.
+
+    torch need not keep its ``__torch_dispatch__`` from Dynamo, which would import all of it, for
+    seconds, at the first operator. Where torch does not ask (2.6), or asks in another way, it is
+    no more than ``TorchDispatchMode``.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+_find("torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo")
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 

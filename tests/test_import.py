@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
 BEGIN = """
 import sys, torch
 before = set(sys.modules)
@@ -47,3 +50,46 @@ print(*sorted(str(op) for op in counter.flop_registry if "ssprop" in str(op)))
 def test_torchs_counter_is_told_of_the_operators_only_if_it_is_there():
     """Importing it brings Triton, or a warning that there is none."""
     assert run(USE) == ["False", "ssprop_patch.conv_backward", "ssprop_patch.linear_backward"]
+
+
+TRAIN = """
+model = ssp.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3)), 0.5)
+meter = ssp.Meter(model, energy=False)
+for _ in range(3):
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+assert meter.network.saved > 0 and ssp.status(model).ran_sparse == 2
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_training_with_a_meter_does_not_import_dynamo():
+    """Which takes seconds; torch.optim does import it, from some version on."""
+    assert run(TRAIN) == ["False"]
+
+
+COMPILES = """
+del sys.modules["triton"]
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        product = torch.compile(lambda x: x @ x.transpose(-1, -2), backend="eager")
+        return product(self.conv(x))
+
+found = []
+for _ in range(2):
+    meter = ssp.Meter(ssp.convert(Net(), 0.5), energy=False)
+    meter._model(torch.randn(2, 3, 8, 8)).sum().backward()
+    found.append(meter.network)
+assert found[0] == found[1] and found[0].saved > 0, found
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="a limit of torch 2.6, see docs/limits.md"
+)
+def test_what_is_compiled_first_while_a_meter_watches_is_counted_too():
+    assert run(COMPILES) == ["True"]

@@ -24,6 +24,10 @@ def test_markdown_says_what_is_aligned_at_the_right():
     ]
 
 
+def test_one_thing_is_not_several():
+    assert [_text.counted(n, "layer") for n in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+
+
 def test_one_line_is_one_of_bearable_length():
     assert _text.one_line("a\n  b\t c") == "a b c"
     assert _text.one_line("x" * 20, limit=10) == "x" * 7 + "..."

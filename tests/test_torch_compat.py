@@ -27,6 +27,7 @@ MAY_BE_MISSING = {
     "torch._C._dynamo.eval_frame.set_code_exec_strategy": VERSION < (2, 7),
     "torch._C._dynamo.eval_frame._FrameExecStrategy": VERSION < (2, 7),
     "torch._C._dynamo.eval_frame._FrameAction": VERSION < (2, 7),
+    "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo": VERSION < (2, 14),
 }
 
 

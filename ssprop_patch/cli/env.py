@@ -15,7 +15,7 @@ import torch
 import ssprop_patch
 
 from .._device import device_name
-from .._text import aligned
+from .._text import aligned, counted
 from ..metering.energy import find_counter
 from ..ops import autotune
 from ..ops.native.build import find_compiler, why_no_compiler
@@ -73,7 +73,7 @@ def _said(say: Callable[[], str]) -> str:
     try:
         text = say()
     except Exception as error:
-        text = f"cannot be found out: {type(error).__name__}: {one_line(error, 200)}"
+        text = f"unknown: {type(error).__name__}: {one_line(error, 200)}"
     home = os.path.expanduser("~")  # who somebody is, is none of a bug report's business
     return text.replace(home, "~") if len(home) > 1 else text
 
@@ -90,12 +90,14 @@ def _torch() -> str:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     if getattr(torch.version, "hip", None):
         built = f"ROCm {torch.version.hip}"
-    return f"{torch.__version__}, built with {built}, {torch.get_num_threads()} threads"
+    return f"{torch.__version__}, built with {built}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _processor() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{device_name(torch.device('cpu'))}, {platform.machine()}, {cores} cores"
+    return (
+        f"{device_name(torch.device('cpu'))}, {platform.machine()}, {counted(cores or 1, 'core')}"
+    )
 
 
 def _instructions() -> str:
@@ -111,13 +113,13 @@ def _instructions() -> str:
 def _compiler() -> str:
     command = find_compiler()
     if command is None:
-        return f"none is used: {why_no_compiler()}"
+        return f"none: {why_no_compiler()}"
     try:
         said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
     except (OSError, ValueError) as error:
         return f"{' '.join(command)}: {one_line(error, 200)}"
     version = (said.stdout + said.stderr).strip().partition("\n")[0]
-    return f"{' '.join(command)}: {version or 'says nothing'}"
+    return f"{' '.join(command)}: {version or 'says no version'}"
 
 
 def _backend(name: str) -> Callable[[], str]:
@@ -146,7 +148,7 @@ def _rapl() -> str:
     """Say what there is of the counters of Intel's and AMD's processors."""
     counters = list(_RAPL.glob("intel-rapl:*/energy_uj"))
     if not counters:
-        return f"nothing of RAPL in {_RAPL}"
+        return f"no RAPL counters in {_RAPL}"
     readable = sum(os.access(path, os.R_OK) for path in counters)
     return f"RAPL: {readable} of {len(counters)} counters may be read"
 
@@ -158,7 +160,8 @@ def _cache() -> str:
         why = "SSPROP_PATCH_CACHE is 0" if switched_off else "no folder that only this user writes"
         return f"none: {why}"
     sizes = [path.stat().st_size for path in folder.glob("*.so")]
-    return f"{folder}, {len(sizes)} libraries, {sum(sizes) / 1e6:.1f} MB"
+    libraries = f"{len(sizes)} {'library' if len(sizes) == 1 else 'libraries'}"
+    return f"{folder}, {libraries}, {sum(sizes) / 1e6:.1f} MB"
 
 
 def _variables() -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from .._text import percent, sizes, table
+from .._text import counted, percent, sizes, table
 from ..flops.count import summary
 from ..flops.shares import with_shares
 from ..flops.summary import Summary
@@ -158,8 +158,8 @@ def _plan_text(planned: Plan) -> str:
     kinds = Counter((row.cls.__name__, row.reason) for row in planned.converted)
     dense = len(planned) - len(planned.converted) + len(planned.others)
     lines = [
-        f"{len(planned) + len(planned.others)} layers: {len(planned.converted)} to convert, "
-        f"{dense} stay dense"
+        f"{counted(len(planned) + len(planned.others), 'layer')}: "
+        f"{len(planned.converted)} to convert, {dense} left dense"
     ]
     lines += [f"  {n} {cls}: {reason}" for (cls, reason), n in kinds.items()]
     if planned.has_shares:

@@ -25,6 +25,7 @@ In several processes: torchrun --nproc_per_node=2 -m ssprop_patch run path/to/tr
 examples:
   ssprop-patch run path/to/train.py --model resnet50 --epochs 90
   ssprop-patch run --drop-rate 0.7 --exclude conv_stem path/to/train.py --model efficientnet_b0
+  ssprop-patch run --selection principal --remainder coarse path/to/train.py --model resnet50
   ssprop-patch run --schedule "LinearSchedule(0.0, 0.8, total=90)" path/to/train.py --epochs 90
 """
 
@@ -47,12 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="convolutions to leave dense, as for ssprop_patch.convert; may be repeated",
     )
-    parser.add_argument(
-        "--selection",
-        choices=("l1", "l2", "random"),
-        default="l1",
-        help="how channels are scored (default: %(default)s, the paper's)",
-    )
+    options.add_selection(parser)
     parser.add_argument(
         "--factory",
         action="append",
@@ -92,10 +88,10 @@ def run(args: argparse.Namespace) -> None:
         ScriptOptions(
             schedule,
             tuple(args.exclude),
-            args.selection,
             tuple(args.factory or ()),
             args.epoch_function,
             args.epoch_argument,
+            **options.selection(args),
         ),
     )
 

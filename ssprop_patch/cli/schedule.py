@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .._text import table
+from .._text import counted, table
 from ..schedule.schedules import Schedule
 from . import options, output
 from .errors import UsageError
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         output.print_csv(rows, ["t", "epoch", "drop_rate"])
     else:
         print(_table(schedule, rates, args.epochs, per_epoch))
-        of = f"{args.epochs} epochs" + (f" of {steps} steps" if by_step else "")
+        of = counted(args.epochs, "epoch")
+        of += f" of {counted(steps, 'step')}" if by_step else ""
         print(f"{schedule!r}: average drop rate {average:.4g} over {of}")
 
 

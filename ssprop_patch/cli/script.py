@@ -13,9 +13,12 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..schedule.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ..core.rule import Remainder, Selection
 
 FACTORIES = ("timm.create_model", "torchvision.models.get_model")
 
@@ -26,19 +29,26 @@ class ScriptOptions:
 
     Attributes:
         schedule: One that counts epochs.
-        exclude, selection: As for :func:`ssprop_patch.convert`.
+        exclude: As for :func:`ssprop_patch.convert`.
         factories: Dotted names of what builds the network; none: those of ``FACTORIES`` that are
             installed.
         epoch_function: What trains one epoch: a name in the script, or dotted in another module.
         epoch_argument: That function's parameter for the number of the epoch.
+        selection, remainder: As for :func:`ssprop_patch.convert`.
     """
 
     schedule: Schedule
     exclude: tuple[str, ...] = ()
-    selection: Literal["l1", "l2", "random"] = "l1"
     factories: tuple[str, ...] = ()
     epoch_function: str = "train_one_epoch"
     epoch_argument: str = "epoch"
+    selection: Selection = "l1"
+    remainder: Remainder = None
+
+    @property
+    def drops_channels(self) -> bool:
+        """Whether the dropped channels get no gradient at all, which can be seen in ``.grad``."""
+        return self.selection != "principal" and self.remainder is None
 
 
 def run_script(script: str, arguments: Sequence[str], how: ScriptOptions) -> None:
@@ -153,7 +163,9 @@ class _Conversion:
     def __init__(self, how: ScriptOptions) -> None:
         self._how = how
         self._controller: Any = None
+        self._model: Any = None
         self._layers: list[Any] = []
+        self._ran: dict[Any, int] = {}  # sparse calls of each layer, when the epoch began
         self._look_at: str | None = None  # whose gradients to look at, at the next step
 
     def built(self, factory: str, model: Any) -> None:
@@ -170,7 +182,14 @@ class _Conversion:
         self._wrap_epoch_function()
         how = self._how
         planned = dry_run(model, exclude=how.exclude)
-        convert(model, how.schedule, exclude=how.exclude, selection=how.selection)
+        convert(
+            model,
+            how.schedule,
+            exclude=how.exclude,
+            selection=how.selection,
+            remainder=how.remainder,
+        )
+        self._model = model
         self._layers = [row.module for row in planned.converted]
         self._controller = get_controller(model)
         _say(
@@ -202,6 +221,7 @@ class _Conversion:
             epoch = given.arguments[argument]
             self._controller.step(epoch)
             self._look_at = f"epoch {epoch}"
+            self._ran = self._sparse_calls()
             return function(*args, **kwargs)
 
         setattr(owner, name, wrapper)
@@ -223,8 +243,11 @@ class _Conversion:
         if not rows:
             return  # another network's optimizer
         what, self._look_at = self._look_at, None
-        share = sum(int(r.sum()) for r in rows) / sum(len(r) for r in rows)
         rate = self._controller.drop_rate
+        if not self._how.drops_channels:
+            self._report_calls(what, rate)
+            return
+        share = sum(int(r.sum()) for r in rows) / sum(len(r) for r in rows)
         _say(
             f"{what}: drop rate {rate:g}; {share:.1%} of the rows of the convolutions' weight "
             "gradients are zero"
@@ -234,6 +257,26 @@ class _Conversion:
                 "WARNING: these gradients look dense: is the network scripted, or in eval()? (Many "
                 "accumulated batches, or many ranks, add up to the same.)"
             )
+
+    def _report_calls(self, what: str, rate: float) -> None:
+        """Report which layers ran sparse; in ``.grad`` nothing can be seen of it."""
+        from ..schedule.call_counts import was_compiled
+
+        if was_compiled():  # whose calls nobody counts
+            _say(f"{what}: drop rate {rate:g}")
+            return
+        now = self._sparse_calls()
+        sparse = sum(n > self._ran.get(module, 0) for module, n in now.items())
+        _say(f"{what}: drop rate {rate:g}; {sparse} of {len(now)} convolutions ran sparse")
+        if rate and not sparse:
+            _say("WARNING: none ran sparse: is the network scripted, or in eval()?")
+
+    def _sparse_calls(self) -> dict[Any, int]:
+        from ..patching.dry_run import dry_run
+
+        if self._how.drops_channels:
+            return {}
+        return {row.module: row.ran.sparse for row in dry_run(self._model) if row.ran is not None}
 
     def finish(self) -> None:
         """Complain if the script is through and has trained something else."""

@@ -37,6 +37,11 @@ class ConvParams(NamedTuple):
         """Return C_out of a convolution with the weight ``w``."""
         return w.shape[1] * self.groups if self.transposed else w.shape[0]
 
+    def with_groups(self, groups: int) -> ConvParams:
+        """Return it with other groups, as ``_replace``, which Dynamo of torch 2.6 cannot trace."""
+        stride, padding, dilation, _, transposed, output_padding = self
+        return ConvParams(stride, padding, dilation, groups, transposed, output_padding)
+
 
 def conv_params(geometry: Geometry, dims: int, transposed: bool) -> ConvParams:
     """Return the geometry of a convolution of ``dims`` spatial dimensions, in full."""

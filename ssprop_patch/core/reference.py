@@ -93,7 +93,7 @@ def sparse_backward(
         where = (inputs.unsqueeze(1), (kept.view(groups, k) % w.shape[1])[group])
     else:
         where = (kept,)
-    smaller = params._replace(groups=len(kept)) if depthwise else params
+    smaller = params.with_groups(len(kept)) if depthwise else params
     dx, dw, db = dense_backward(dy[:, kept], x[:, inputs], w[where], smaller, output_mask)
 
     if dx is not None and depthwise:

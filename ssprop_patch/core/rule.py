@@ -38,13 +38,17 @@ class BackwardRule(NamedTuple):
     @property
     def is_shared(self) -> bool:
         """Whether several processes select together, each of which has to take part."""
-        return hasattr(self.score_fn, "sum_over_ranks")
+        return _selects_together(self.score_fn)
 
     def for_another_layer(self) -> BackwardRule:
         """Return the same rule with a state of its own."""
         if self.subspace is None:
             return self
         return self._replace(subspace=Subspace(self.subspace.settings))
+
+
+def _selects_together(score_fn: ScoreFn) -> bool:
+    return hasattr(score_fn, "sum_over_ranks")
 
 
 class Extent(NamedTuple):
@@ -170,7 +174,8 @@ def kind_of(rule: BackwardRule, extent: Extent, k: int) -> BackwardKind:
     if rule.subspace is not None and not extent.is_depthwise:
         side: Side = cheaper_side(group, extent.reads, extent.transposed)
         # What several processes do together must not depend on the batch of one.
-        positions = inf if rule.is_shared else extent.y_positions
+        # (Dynamo of torch 2.6 traces this call, and not the property that makes it.)
+        positions = inf if _selects_together(rule.score_fn) else extent.y_positions
         share = projected_share(group, extent.reads, side, k / group, positions)
         if share + rest < PAYS:
             return BackwardKind(side, rule.block)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .._text import counted
 from .._torch_compat import CONV_CLASSES
 from .._validate import check_count, check_drop_rate
 from ..core.operations import OutputMask
@@ -263,4 +264,6 @@ def _rates(
         if steps is None:
             raise ValueError(f"give steps_per_epoch=...: {schedule!r} counts optimizer steps")
         total *= check_count(steps, "steps_per_epoch", 1)
-    return Counter(map(schedule, range(total))), f"{schedule!r}, mean over {epochs} epochs"
+    return Counter(
+        map(schedule, range(total))
+    ), f"{schedule!r}, mean over {counted(epochs, 'epoch')}"

@@ -8,13 +8,12 @@ two that needs a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._torch_compat import MODES_SEE_OPERATORS, TorchDispatchMode, is_shard_class
+from .._torch_compat import MODES_SEE_OPERATORS, EagerDispatchMode, is_shard_class
 
 
 class Product(NamedTuple):
@@ -33,7 +32,7 @@ class _Part(NamedTuple):
     second: bool
 
 
-class Products(TorchDispatchMode):
+class Products(EagerDispatchMode):
     """Notes the products that run while it is entered; asks no tensor for a value.
 
     Attributes:
@@ -161,7 +160,6 @@ _FORMULAS: dict[str, _Formula] = {
 }
 
 
-@cache
 def _formula_of(func: Any) -> _Formula | None:
     packet = getattr(func, "overloadpacket", None)
     if packet is None:  # an operator of higher order: it runs what it was given, and nobody sees it

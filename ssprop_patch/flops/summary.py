@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .._text import columns, html, sizes
-from .totals import COUNTED, NOTHING, Flops, human_flops, saved_lines
+from .._text import columns, counted, html, sizes
+from .totals import COUNTED, NOTHING, Flops, human_flops, own_way, saved_lines
 from .trace import Shape
 
 
@@ -164,10 +164,7 @@ class Summary:
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         lines.append(f"sparse backward: {self.rate}")
         if self.not_counted:
-            names = ", ".join(self.not_counted[:3]) + ", ..." * (len(self.not_counted) > 3)
-            lines.append(
-                f"no row for {len(self.not_counted)} layers that convolve in their own way: {names}"
-            )
+            lines.append(f"no row for {own_way(self.not_counted)}")
         if self.others is None:
             lines.append(f"counted: the layers above; everything else is not: {self.unknown}")
         else:
@@ -179,7 +176,7 @@ class Summary:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({len(self.layers)} layers, {self.rate}: "
+            f"{type(self).__name__}({counted(len(self.layers), 'layer')}, {self.rate}: "
             f"{100 * self.backward_saved:.1f} % of the backward FLOPs saved)"
         )
 
@@ -187,7 +184,7 @@ class Summary:
         head, *layers, total = self._cells()
         totals = [pair for pair in zip(head, total, strict=True) if pair[1]][1:]
         notes = [("", line) for line in str(self).splitlines()[len(layers) + 4 :]]
-        return html([*totals, *notes], [head, *layers], f"{len(self.layers)} layers")
+        return html([*totals, *notes], [head, *layers], counted(len(self.layers), "layer"))
 
 
 def _flops(layer: LayerFlops) -> Flops:

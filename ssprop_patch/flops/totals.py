@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .._text import percent
+from .._text import counted, percent
 
 #: What counts wherever the whole network is meant.
 COUNTED = "convolutions, matrix products and attention of the whole network"
@@ -74,6 +75,13 @@ def saved_lines(network: Flops | None, unknown: str, converted: Flops, layers: i
         f"{percent(converted.backward_saved)} of the backward FLOPs of {which} alone, "
         f"{percent(converted.total_saved)} of forward + backward",
     ]
+
+
+def own_way(names: Sequence[str]) -> str:
+    """Return which layers a table has no row for, and why: ``1 layer that convolves ...``."""
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    which = "convolves in its" if len(names) == 1 else "convolve in their"
+    return f"{counted(len(names), 'layer')} that {which} own way: {shown}"
 
 
 def human_flops(flops: int) -> str:

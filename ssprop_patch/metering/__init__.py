@@ -1,7 +1,9 @@
 """What a training run did: FLOPs that really ran, seconds, joules, and who kept which channels.
 
-clock and energy read the machine, counting and channels take note of layers, attachment puts them
-on a model, meter is all of it over a run; report, state and loggers are what comes out.
+stopwatch and energy read the machine, layer_record and channel_history take note of layers,
+instrument puts them on a model; entries, passes and other_work follow the calls of the model,
+optimizer_steps the optimizer's; meter is all of it over a run; meter_report, state and loggers are
+what comes out.
 """
 
 from .channel_history import ChannelHistory, Winners

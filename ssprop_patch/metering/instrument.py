@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from weakref import ref
 
@@ -161,6 +162,10 @@ class Instrumentation:
             )
         return False
 
+    def put_on_again(self) -> None:
+        """Count on after :meth:`take_off`."""
+        self._put_on(Conversion.of(self._model))
+
     def take_off(self) -> None:
         """Leave the model as it was before, or as it was converted since."""
         for hook in self._hooks:
@@ -207,12 +212,26 @@ class Instrumentation:
             policy.observer.dense(x, module.weight, module.bias, y)
 
 
-def _close_meters(layers: Iterable[nn.Module]) -> None:
-    """Close the meters that count any of these layers: a new one takes over."""
+@contextlib.contextmanager
+def unmetered(model: nn.Module) -> Iterator[None]:
+    """Have no meter count in ``model``, nor slow it down, while it runs for another purpose."""
+    with contextlib.ExitStack() as stack:
+        for meter in _meters(model.modules()):
+            stack.enter_context(meter.paused())
+        yield
+
+
+def _meters(layers: Iterable[nn.Module]) -> list[Metering]:
+    """Return the meters that count any of these layers."""
     policies = (vars(layer).get("_ssprop_policy") for layer in layers)
     observers = [p.observer for p in policies if p is not None and p.observer is not None]
-    meters = {id(m): m for m in (observer.meter() for observer in observers) if m is not None}
-    for meter in meters.values():
+    found = (observer.meter() for observer in observers)
+    return list({id(meter): meter for meter in found if meter is not None}.values())
+
+
+def _close_meters(layers: Iterable[nn.Module]) -> None:
+    """Close the meters that count any of these layers: a new one takes over."""
+    for meter in _meters(layers):
         meter.close()
         warnings.warn(
             "ssprop_patch: this model was metered already: that Meter is closed, what it counted "

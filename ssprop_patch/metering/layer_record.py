@@ -122,6 +122,9 @@ class Metering(Protocol):
     def total_saved(self) -> float | None:
         """Share of the FLOPs of the whole network saved so far; None if that is not known."""
 
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Count nothing meanwhile."""
+
     def close(self) -> Any:
         """Stop counting."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -128,10 +129,18 @@ class Meter:
 
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         """Take note that a step of an optimizer begins, the model's own or another's."""
-        if self._watch.owns(optimizer):
+        if self._watch.owns(optimizer) and not self._watch.paused:
             self._passes.optimizer_begins()
             if self._rate is None:  # no forward was seen
                 self._rate = self._layers.drop_rate
+
+    def closure_begins(self) -> None:
+        """Take note that an optimizer that steps calls its closure."""
+        self._passes.closure_begins()
+
+    def closure_ends(self) -> None:
+        """Take note that its closure has returned."""
+        self._passes.closure_ends()
 
     def optimizer_ends(self) -> None:
         """Take note that the step of an optimizer is over."""
@@ -318,6 +327,23 @@ class Meter:
         self._stopwatch.load(state["seconds"])
         self._wall = state["wall_seconds"]
         self._wall_start = None if self._wall_start is None else time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing meanwhile, and leave the model as it was before.
+
+        For what is no part of the training; ``plan(measure=True)`` and ``time_steps`` do it
+        themselves. Wall clock and joules go on.
+        """
+        self._watch.pause(self)
+        self._passes.pause()
+        self._layers.take_off()
+        try:
+            yield
+        finally:
+            self._layers.put_on_again()
+            self._passes.resume()
+            self._watch.resume(self)
 
     def close(self) -> MeterReport:
         """Stop counting and leave the model as it was before; return the last report."""

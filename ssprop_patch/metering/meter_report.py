@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .._text import columns, html
-from ..flops.totals import COUNTED, NOTHING, Flops, human_flops, saved_lines
+from .._text import columns, counted, html
+from ..flops.totals import COUNTED, NOTHING, Flops, human_flops, own_way, saved_lines
 from .energy import Energy
 from .layer_record import LayerTotals
 
@@ -259,13 +259,7 @@ class MeterReport:
         lines.append(("wall clock, seconds", f"{self.wall_seconds:.2f}"))
         lines.append(("energy", str(self.energy)))
         if self.not_counted:
-            names = ", ".join(self.not_counted[:3]) + ", ..." * (len(self.not_counted) > 3)
-            lines.append(
-                (
-                    "no row",
-                    f"{len(self.not_counted)} layers that convolve in their own way: {names}",
-                )
-            )
+            lines.append(("no row", own_way(self.not_counted)))
         lines.append(("counted", COUNTED if self.network else "the layers that a row is for"))
         if self.steps and self._known == NOTHING:
             lines.append(("saved", "nothing was counted: no layer ran in training mode"))
@@ -277,12 +271,13 @@ class MeterReport:
     def __repr__(self) -> str:
         share = (self.network or self.converted).backward_saved
         return (
-            f"{type(self).__name__}({len(self.layers)} layers, {self.steps} optimizer steps: "
+            f"{type(self).__name__}({counted(len(self.layers), 'layer')}, "
+            f"{counted(self.steps, 'optimizer step')}: "
             f"{100 * share:.1f} % of the backward FLOPs saved)"
         )
 
     def _repr_html_(self) -> str:
-        return html(self._lines(), self._cells(), f"{len(self.layers)} layers")
+        return html(self._lines(), self._cells(), counted(len(self.layers), "layer"))
 
 
 def _summed_energy(reports: Sequence[MeterReport]) -> Energy:

@@ -5,9 +5,11 @@ torch's hooks outlive a meter that nobody closes, so that they hold meters weakl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -20,6 +22,12 @@ class Metered(Protocol):
 
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         """The step of an optimizer begins."""
+
+    def closure_begins(self) -> None:
+        """It calls its closure: what runs is no part of the optimizer."""
+
+    def closure_ends(self) -> None:
+        """That has returned."""
 
     def optimizer_ends(self) -> None:
         """It has ended."""
@@ -43,9 +51,33 @@ def tell_no_more(meter: Metered) -> None:
     _meters.discard(meter)
 
 
-def _begins(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for meter in list(_meters):
+def _begins(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    meters = list(_meters)
+    for meter in meters:
         meter.optimizer_begins(optimizer)
+    if torch.compiler.is_compiling():
+        return None
+    # As torch gives them: the optimizer is the first of args. Lightning's closure is all of a step.
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _told(kwargs["closure"], meters)}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _told(args[1], meters), *args[2:]), kwargs
+    return None
+
+
+def _told(closure: Callable[[], Any], meters: Sequence[Metered]) -> Callable[[], Any]:
+    """Return a closure that tells meters when it begins and ends."""
+
+    def run() -> Any:
+        for meter in meters:
+            meter.closure_begins()
+        try:
+            return closure()
+        finally:
+            for meter in meters:
+                meter.closure_ends()
+
+    return run
 
 
 def _ends(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -36,11 +36,20 @@ class Passes:
         self._stopwatch, self._others, self._begins = stopwatch, others, begins
         self._backward: int | None = None  # number of the backward pass that is being timed
         self._paused = False  # an optimizer that runs forward and backward itself
+        self._in_closure = False
         self._entries = Entries(model, self._forward_begins, self._forward_ends)
 
     def next_iteration(self) -> bool:
         """An iteration ends; return whether a forward was seen in it."""
         return self._entries.next_iteration()
+
+    def pause(self) -> None:
+        """Follow nothing until :meth:`resume`."""
+        self._entries.close()
+
+    def resume(self) -> None:
+        """Follow again what a model runs."""
+        self._entries.watch_all()
 
     def close(self) -> None:
         """Follow nothing any more."""
@@ -96,24 +105,37 @@ class Passes:
 
     def _backward_ends(self) -> None:
         self._stopwatch.stop("backward")
-        if self._paused:
-            self._paused = False
-            self._stopwatch.start("optimizer")
+        if not self._in_closure:
+            self._go_on_with_optimizer()
 
     # --- the optimizer ------------------------------------------------------------------------
 
     def optimizer_begins(self) -> None:
         """The step of an optimizer of the model begins."""
-        self._paused = False
+        self._paused = self._in_closure = False
         if not self._stopwatch.is_running("optimizer"):  # its step may call that of its base
             self._stopwatch.start("optimizer")
+
+    def closure_begins(self) -> None:
+        """It calls its closure, in which forward, backward and more run."""
+        self._in_closure = True
+        self._pause_optimizer()
+
+    def closure_ends(self) -> None:
+        """The closure has returned."""
+        self._in_closure = False
+        self._go_on_with_optimizer()
 
     def optimizer_ends(self) -> None:
         """It is over; or that of another model's, and nothing runs."""
         self._stopwatch.stop("optimizer")
 
+    def _go_on_with_optimizer(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._stopwatch.start("optimizer")
+
     def _pause_optimizer(self) -> None:
-        # One that calls a closure, such as LBFGS.
         if self._stopwatch.is_running("optimizer"):
             self._stopwatch.stop("optimizer")
             self._paused = True

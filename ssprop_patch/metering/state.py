@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .._text import counted
 from .._validate import check_count
 from .layer_record import LayerTotals
 
@@ -42,7 +43,8 @@ def check_state(state: Any, layers: Iterable[str]) -> dict[str, Any]:
     other = sorted(set(state["layers"]) ^ set(layers))
     if other:
         raise ValueError(
-            f"the state is of another model: {len(other)} layers differ, such as {other[0]!r}"
+            f"the state is of another model: {counted(len(other), 'layer')} in one of them only, "
+            f"such as {other[0]!r}"
         )
     for name, totals in state["layers"].items():
         LayerTotals.checked(totals, name)

@@ -86,7 +86,7 @@ def sparse(
     if operation.dims == 0:
         if compiled is None:
             return _SparseLinear.apply(input, weight, bias, k, rule, observer)
-        return _OpaqueSparseLinear.apply(input, weight, bias, *compiled[:2])
+        return _OpaqueSparseLinear.apply(input, weight, bias, compiled.rate, compiled.token)
     return _convolve(operation, input, weight, bias, geometry, k, rule, observer, compiled)
 
 

@@ -123,7 +123,7 @@ class KeptChannels:
     @_once
     def params(self) -> ConvParams:
         """The geometry of the smaller convolution."""
-        return self.p._replace(groups=self.number) if self.depthwise else self.p
+        return self.p.with_groups(self.number) if self.depthwise else self.p
 
     @_once
     def weight_rows(self) -> tuple[int, Tensor]:

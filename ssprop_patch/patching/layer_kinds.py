@@ -28,7 +28,10 @@ def is_patched_layer(module: nn.Module) -> bool:
 
 def base_layer(cls: type[nn.Module]) -> type[nn.Module] | None:
     """Return which of :data:`LAYERS` a class is, or None."""
-    return next((base for base in LAYERS if issubclass(cls, base)), None)
+    for base in LAYERS:  # no next(..., None), which Dynamo of torch 2.6 cannot trace
+        if issubclass(cls, base):
+            return base
+    return None
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .._text import columns, html, percent
+from .._text import columns, counted, html, percent
 from ..core.rule import Selected
 from ..schedule.call_counts import Ran
 from .layer_kinds import base_layer
@@ -115,7 +115,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         totals = [[line] for line in self._totals().splitlines()]
-        return html(totals, self._cells(), f"{len(self.rows)} layers")
+        return html(totals, self._cells(), counted(len(self.rows) + len(self.others), "layer"))
 
     def _cells(self) -> Sequence[Sequence[str]]:
         rows = (*self.rows, *self.others)
@@ -133,8 +133,8 @@ class Plan:
         dense = len(self.skipped) + len(self.others)
         refused = f", {len(self.refused)} refused" if self.refused else ""
         lines = [
-            f"{len(self.rows) + len(self.others)} layers: {len(self.converted)} to convert, "
-            f"{dense} stay dense{refused}"
+            f"{counted(len(self.rows) + len(self.others), 'layer')}: "
+            f"{len(self.converted)} to convert, {dense} left dense{refused}"
         ]
         if self.has_shares:
             lines.append(self.where_the_flops_are())

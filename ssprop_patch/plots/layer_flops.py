@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._text import percent
+from .._text import counted, percent
 from .._validate import check_count
 from ..flops.summary import Summary
 from ..metering import MeterReport
@@ -64,7 +64,7 @@ def flops_per_layer(
             _Row(r.name, r.totals.dense_backward_flops, r.totals.backward_flops)
             for r in summary.layers
         ]
-        what, title = "backward FLOPs of the run", f"{summary.steps} optimizer steps"
+        what, title = "backward FLOPs of the run", counted(summary.steps, "optimizer step")
     else:
         raise TypeError(f"expected a Summary or a MeterReport, got {type(summary).__name__}")
     others = summary.others.dense_backward if summary.others is not None else 0

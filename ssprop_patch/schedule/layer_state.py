@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._text import counted
 from ..core.principal import Subspace
 from .step_counter import StepCounter
 
@@ -54,9 +55,9 @@ def check_layers_state(counter: StepCounter, state: Any) -> None:
         odd = sorted(set(state) ^ set(layers))
         where = "this model" if odd[0] in layers else "the state"
         raise ValueError(
-            f"the state has the directions of {len(state)} layers, this model keeps those of "
-            f"{len(layers)}: {odd[0]!r} is in {where} only. Convert with the selection, and the "
-            "layers, that it was saved with."
+            f"the state has the directions of {counted(len(state), 'layer')}, this model keeps "
+            f"those of {len(layers)}: {odd[0]!r} is in {where} only. Convert "
+            "with the selection, and the layers, that it was saved with."
         )
     for name, (module, _) in layers.items():
         _check_layer(name, module, state[name])

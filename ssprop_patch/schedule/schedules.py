@@ -295,8 +295,12 @@ class LambdaSchedule(Schedule):
         return self.fn(t)
 
     def __repr__(self) -> str:
-        named = self.fn if hasattr(self.fn, "__qualname__") else type(self.fn)
-        return super().__repr__().replace(repr(self.fn), f"{named.__module__}.{named.__qualname__}")
+        named: Any = self.fn if hasattr(self.fn, "__qualname__") else type(self.fn)
+        module = getattr(named, "__module__", None)
+        if module is None:  # a method of a class that is written in C
+            owner = named.__objclass__ if hasattr(named, "__objclass__") else type(named.__self__)
+            module = owner.__module__
+        return super().__repr__().replace(repr(self.fn), f"{module}.{named.__qualname__}")
 
 
 def _is_schedule(obj: Any) -> bool:

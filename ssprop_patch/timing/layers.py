@@ -17,6 +17,7 @@ from .._torch_compat import tree_leaves
 from .._validate import check_count, check_drop_rate
 from ..core.rule import TOP_K, BackwardKind, Remainder, Selection, resolve_rule
 from ..flops.trace import Shape
+from ..metering.instrument import unmetered
 from ..ops.autograd import make_lazy
 from ..ops.channel_scores import lazy_order
 from ..patching.convert import convert
@@ -134,7 +135,8 @@ def time_layers(
     rows = {row.module: row for row in todo.converted}
     rule = resolve_rule(selection, remainder)
     order = lazy_order(rule.score_fn) if rule.is_top_k else None
-    calls = record_calls(model, list(rows), inputs, autocast, order)
+    with unmetered(model):
+        calls = record_calls(model, list(rows), inputs, autocast, order)
     timed: dict[tuple[str, float], tuple[Quantiles, Quantiles, str]] = {}
     found = []
     for done, (call, count) in enumerate(calls, 1):

@@ -246,7 +246,8 @@ class MeasuredPlan(Plan):
 
     def _totals(self) -> str:
         first, *rest = super()._totals().splitlines()
-        lines = [f"{first}; {sum(row.pays for row in self.rows)} pay alone", *rest]
+        paying = sum(row.pays for row in self.rows)
+        lines = [f"{first}; {paying} {'pays' if paying == 1 else 'pay'} alone", *rest]
         if self.best is not None:
             times = ", ".join(f"{n.choice} {n.ms.p50:.3f} ms" for n in self.networks)
             lines.append("forward and backward of the whole network, converted:")

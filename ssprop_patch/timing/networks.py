@@ -15,6 +15,7 @@ from .._torch_compat import tree_leaves
 from .._validate import check_count, check_drop_rate
 from ..core.rule import Remainder, Selection
 from ..flops.trace import untouched
+from ..metering.instrument import unmetered
 from ..patching.conversion import Conversion, apply_conversion
 from ..patching.convert import convert, revert
 from ..patching.eligibility import DEFAULT_TYPES, Types
@@ -60,44 +61,45 @@ def time_networks(
             needs a gradient.
     """
     rate, iterations = check_drop_rate(drop_rate), check_count(iterations, "iterations", 1)
-    before = Conversion.of(model)
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    try:
-        revert(model)
-        conversions = {}
-        for name, layers in choices.items():
-            if layers:
-                convert(
-                    model,
-                    rate,
-                    types=types,
-                    overrides=overrides,
-                    align=align,
-                    selection=selection,
-                    remainder=remainder,
-                    filter_fn=partial(_is_among, layers),
-                )
-            conversions[name] = Conversion.of(model)
+    with unmetered(model):
+        before = Conversion.of(model)
+        buffers = [(b, b.clone()) for b in model.buffers()]
+        try:
             revert(model)
-        with untouched(model, eager=False), torch.inference_mode(False), torch.enable_grad():
-            if not model.training:
-                model.train()
-            run = _forward_and_backward(model, inputs, autocast)
+            conversions = {}
+            for name, layers in choices.items():
+                if layers:
+                    convert(
+                        model,
+                        rate,
+                        types=types,
+                        overrides=overrides,
+                        align=align,
+                        selection=selection,
+                        remainder=remainder,
+                        filter_fn=partial(_is_among, layers),
+                    )
+                conversions[name] = Conversion.of(model)
+                revert(model)
+            with untouched(model, eager=False), torch.inference_mode(False), torch.enable_grad():
+                if not model.training:
+                    model.train()
+                run = _forward_and_backward(model, inputs, autocast)
 
-            def side(conversion: Conversion) -> list[float]:
-                apply_conversion(conversion, within=model)
-                return [run()]
+                def side(conversion: Conversion) -> list[float]:
+                    apply_conversion(conversion, within=model)
+                    return [run()]
 
-            sides = {name: partial(side, c) for name, c in conversions.items()}
-            try:
-                taken = alternate(sides, iterations, progress=progress)
-            finally:
-                revert(model)  # first, as what is put back then are attributes
-    finally:
-        apply_conversion(before, within=model)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+                sides = {name: partial(side, c) for name, c in conversions.items()}
+                try:
+                    taken = alternate(sides, iterations, progress=progress)
+                finally:
+                    revert(model)  # first, as what is put back then are attributes
+        finally:
+            apply_conversion(before, within=model)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
     return {name: quantiles[0] for name, quantiles in taken.items()}
 
 

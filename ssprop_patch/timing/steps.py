@@ -16,6 +16,7 @@ from .._device import waiter
 from .._validate import check_count, check_drop_rate
 from ..core.rule import Remainder, Selection
 from ..metering import EnergyCounter
+from ..metering.instrument import unmetered
 from ..patching.conversion import Conversion, apply_conversion
 from ..patching.convert import convert, revert
 from ..patching.eligibility import DEFAULT_TYPES, Types
@@ -178,14 +179,15 @@ def _sides(
         finally:
             revert(model)
 
-    before = Conversion.of(model)
-    revert(model)
-    try:
-        # Once for all steps, as directions last from one to the next.
-        convert(model, **sparse)
-        conversion = Conversion.of(model)
+    with unmetered(model):
+        before = Conversion.of(model)
         revert(model)
-        yield {"dense": step, "sparse": sparse_step}
-    finally:
-        optimizer.zero_grad()
-        apply_conversion(before, within=model)
+        try:
+            # Once for all steps, as directions last from one to the next.
+            convert(model, **sparse)
+            conversion = Conversion.of(model)
+            revert(model)
+            yield {"dense": step, "sparse": sparse_step}
+        finally:
+            optimizer.zero_grad()
+            apply_conversion(before, within=model)

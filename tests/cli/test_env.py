@@ -27,7 +27,7 @@ def test_it_says_versions_backends_and_the_reasons(printed, monkeypatch):
     found = {name: value.strip() for name, value in lines_of(text).items()}
     assert found["ssprop_patch"].startswith(f"{ssp.__version__}, ")
     assert found["torch"].startswith(f"{torch.__version__}, ")
-    assert f"{torch.get_num_threads()} threads" in found["torch"]
+    assert f"{torch.get_num_threads()} thread" in found["torch"]
     assert torch.backends.cpu.get_cpu_capability() in found["processor"]
     assert found["C functions"] == ssp.kernels.backends()["C functions"]
     assert found["Triton kernels"] == "off: SSPROP_PATCH_TRITON is not 1"
@@ -54,5 +54,5 @@ def test_what_cannot_be_found_out_does_not_keep_the_rest_back(printed, monkeypat
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     found = lines_of(printed("env"))
-    assert found["CUDA devices"].strip() == "cannot be found out: RuntimeError: driver too old"
+    assert found["CUDA devices"].strip() == "unknown: RuntimeError: driver too old"
     assert found["libraries"].strip()

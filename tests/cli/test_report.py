@@ -15,7 +15,7 @@ def test_report_shows_the_summary_and_each_layer_that_stays_dense_with_its_reaso
     out = printed("report", f"{nets}:build", "--input-size", 2, 3, 8, 8, "--drop-rate", 0.5)
     model = load_model(f"{nets}:build")
     assert str(ssp.summary(model, input_size=(2, 3, 8, 8), drop_rate=0.5)) in out
-    assert "6 layers: 3 to convert, 3 stay dense" in out
+    assert "6 layers: 3 to convert, 3 left dense" in out
     assert "3 Conv2d: stock forward" in out
     plan = ssp.plan(model, inputs=torch.empty(2, 3, 8, 8))
     assert [row.name for row in plan.others] == ["head"]

@@ -331,3 +331,33 @@ def test_training_of_another_network_is_reported(script, tmp_path, capsys):
     script.write_text(TRAIN.replace("model, teacher =", "teacher, model =") + "    sys.exit()")
     convert(script, "--output", tmp_path / "a", "--epochs", 1)
     assert "WARNING: epoch 0: no gradient has reached the converted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--selection", "principal"],
+        ["--remainder", "coarse"],
+        ["--selection", "principal", "--remainder", "coarse"],
+    ],
+    ids=" ".join,
+)
+def test_every_selection_and_remainder_is_offered_and_its_calls_are_reported(
+    script, tmp_path, capsys, options
+):
+    expected = "principal" in options, "coarse" in options
+    check = (
+        "build(), build(); rule = model[3]._ssprop_policy.rule; "
+        f"assert (rule.subspace is not None, rule.block > 0) == {expected}"
+    )
+    script.write_text(TRAIN.replace("build(), build()", check))
+    convert(script, "--output", tmp_path / "a", "--epochs", 3, options=options)
+    said = [line for line in capsys.readouterr().err.splitlines() if "epoch" in line]
+    assert said == [
+        "ssprop: epoch 0: drop rate 0; 0 of 2 convolutions ran sparse",
+        "ssprop: epoch 1: drop rate 0.8; 2 of 2 convolutions ran sparse",
+        "ssprop: epoch 2: drop rate 0; 0 of 2 convolutions ran sparse",
+    ]
+    script.write_text(TRAIN.replace("    first = 0", "    first = 0; model.eval()"))
+    convert(script, "--output", tmp_path / "a", "--epochs", 2, options=options)
+    assert "WARNING: none ran sparse" in capsys.readouterr().err

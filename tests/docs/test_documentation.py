@@ -273,6 +273,23 @@ def test_links_lead_somewhere(page):
 
 
 @quick
+def test_links_out_of_the_documentation_stay_within_its_site():
+    """By the hook of mkdocs, which the tests do without."""
+    hooks = runpy.run_path(str(ROOT / "docs/hooks.py"))
+    pictures = []
+    page = "[a](guide.md), [b](../README.md#x), ![c](../benchmarks/c.png)"
+    for url, link in (
+        (None, "b"),
+        ("https://host/repo/", "[b](https://host/repo/blob/main/README.md#x)"),
+    ):
+        made = hooks["leave_docs"](page, url, pictures.append)
+        assert made == f"[a](guide.md), {link}, ![c](benchmarks/c.png)"
+    assert pictures == ["benchmarks/c.png"] * 2
+    for path in (ROOT / "docs").glob("*.md"):
+        assert "](../" not in hooks["leave_docs"](path.read_text(encoding="utf-8"), None, str)
+
+
+@quick
 def test_the_readme_fits():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 180

@@ -49,7 +49,7 @@ def test_a_plan_without_inputs_lists_what_else_multiplies_matrices():
         ("3", "there is no sparse backward for MultiheadAttention"),
     ]
     *_, last = str(plan).splitlines()
-    assert last == "4 layers: 1 to convert, 3 stay dense"
+    assert last == "4 layers: 1 to convert, 3 left dense"
     assert all(row.share is None for row in (*plan, *plan.others))
     named = ssp.plan(model, types=(nn.Conv2d, nn.Linear))
     assert [row.name for row in named.others] == ["2", "3"]

@@ -102,6 +102,25 @@ def test_an_optimizer_that_calls_forward_and_backward_does_not_count_them_as_its
         assert meter.report().seconds == {"forward": 1.0, "backward": 2.0, "optimizer": 5.0}
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_else_a_closure_does_is_no_part_of_the_optimizer(hands, by_name):
+    """In Lightning all of a training step runs in it."""
+    model = ssp.convert(Slow(hands), 0.5)
+    optimizer = SlowSGD(model.parameters(), hands)
+
+    def closure():
+        hands.time += 32.0  # augments the batch
+        loss_of(model, hands, 0.0).backward()
+        hands.time += 64.0  # logs
+        return 7.0
+
+    with quiet_meter(model) as meter:
+        for _ in range(2):
+            optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert meter.report().seconds == {"forward": 2.0, "backward": 4.0, "optimizer": 10.0}
+    assert torch.optim.SGD(model.parameters(), 0.1).step(closure) == 7.0
+
+
 def test_the_step_of_another_models_optimizer_has_no_seconds(hands):
     model = ssp.convert(Slow(hands), 0.5)
     with quiet_meter(model) as meter:

@@ -58,7 +58,7 @@ def test_without_a_compiler_nothing_is_said(given, monkeypatch, recwarn):
         monkeypatch.setenv("CC", given)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert build.library("float") is None and not recwarn and not native.may_be_available()
-    assert native.why_unavailable() == "no C compiler: neither $CC nor gcc nor cc was found"
+    assert native.why_unavailable() == "no C compiler was found ($CC, gcc, cc)"
 
 
 @pytest.mark.usefixtures("fresh_build")

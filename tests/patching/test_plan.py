@@ -210,7 +210,7 @@ def test_text_table():
         )
         == 1
     )
-    assert lines[-1] == "5 layers: 3 to convert, 2 stay dense"
+    assert lines[-1] == "5 layers: 3 to convert, 2 left dense"
     assert repr(plan) == f"Plan({lines[-1]})"
     assert "(model)" in str(ssp.plan(nn.Conv2d(2, 4, 1)))
     assert str(ssp.plan(nn.LazyConv2d(4, 1))).endswith("1 refused")

@@ -12,6 +12,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from timm.layers import CondConv2d
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ssprop_patch as ssp
 
@@ -209,7 +210,7 @@ def test_summary_counts_what_torchs_counter_counts(name):
     counts = []
     for run in (model, torch.compile(model, backend="aot_eager")):
         torch._dynamo.reset()
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             run(x).sum().backward()
         by_op = counter.get_flop_counts()["Global"]
         counts.append(sum(n for op, n in by_op.items() if op not in others))

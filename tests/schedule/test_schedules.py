@@ -178,6 +178,10 @@ def test_repr_of_lambda_names_the_function_and_not_its_address():
     assert repr(LambdaSchedule(half, levels=3)) == f"LambdaSchedule({__name__}.half, levels=3)"
     for fn in (lambda t: 0.5, functools.partial(max, 0.1), type("C", (), {"__call__": half})()):
         assert "0x" not in repr(LambdaSchedule(fn))
+    # Methods of classes that are written in C have no module of their own.
+    for fn in (tuple.__getitem__, (0.0, 0.5).__getitem__):
+        assert repr(LambdaSchedule(fn)) == "LambdaSchedule(builtins.tuple.__getitem__)"
+    assert repr(LambdaSchedule([0.5].pop)) == "LambdaSchedule(builtins.list.pop)"
 
 
 def test_equality_and_hash_are_by_value():

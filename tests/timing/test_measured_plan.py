@@ -76,7 +76,7 @@ def test_measured_says_which_layers_pay(monkeypatch):
         "yes",
     ]
     assert "one output channel" in lines[3]
-    assert lines[-4] == "3 layers: 2 to convert, 1 stay dense; 1 pay alone"
+    assert lines[-4] == "3 layers: 2 to convert, 1 left dense; 1 pays alone"
     assert lines[-3] == plan.where_the_flops_are()
     assert lines[-2].endswith("converted:")
     assert lines[-1] == (

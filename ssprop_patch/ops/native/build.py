@@ -152,7 +152,7 @@ def why_no_compiler() -> str | None:
     """Return why :func:`find_compiler` finds none; None if it finds one."""
     reason = _why_off()
     if reason is None and _command() is None:
-        reason = "no C compiler: neither $CC nor gcc nor cc was found"
+        reason = "no C compiler was found ($CC, gcc, cc)"
     return reason
 
 
