@@ -8,7 +8,7 @@ from classifier.table import spread
 from rich.table import Table
 
 from ssprop_patch._text import markdown as markdown_table
-from study.equal_flops import above_dense, text
+from study.equal_cost import Cost, above_dense, text
 from study.groups import Condition, Method
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
@@ -50,8 +50,12 @@ def cells(condition: Condition) -> tuple[list[str], list[list[str]]]:
         "of dense": flops_of_dense,
         "seconds": column("train_s", 1, ".1f"),
     }
-    if any(above_dense(condition, method) for method in condition.methods):
-        columns["- dense, equal FLOPs"] = lambda method: text(above_dense(condition, method))
+    costs: dict[str, Cost] = {"FLOPs": "total_flops", "seconds": "train_s"}
+    for name, cost in costs.items():
+        if any(above_dense(condition, method, cost) for method in condition.methods):
+            columns[f"- dense, equal {name}"] = lambda method, cost=cost: text(
+                above_dense(condition, method, cost)
+            )
     return list(columns), [
         [cell(method) for cell in columns.values()] for method in condition.methods
     ]
@@ -90,12 +94,13 @@ LEGEND = (
     "step. - dense: points above the dense training of as many epochs with the same regularisers "
     "(for a dense training with others: above the first one); - equal compute: above the dense "
     "training of the same FLOPs, or the nearest within 2 %; both seed by seed. - dense, equal "
-    "FLOPs: above dense training stopped at the same FLOPs, interpolated between the dense "
-    "trainings of the same seed; ± half of the mean's 95 % interval (Student's t). best: the best "
-    "accuracy of any evaluation, chosen on the test images and so too high. train: accuracy on the "
-    "training images after the last step, without augmentation. FLOP: forward and backward of the "
-    "whole training, convolutions and matrix products; of dense: as a share of the dense "
-    "training's. seconds: all steps, without evaluation, warm-up counted as the median step."
+    "FLOPs, - dense, equal seconds: above dense training stopped at the same FLOPs or seconds, "
+    "interpolated between the dense trainings of the same seed; ± half of the mean's 95 % interval "
+    "(Student's t). best: the best accuracy of any evaluation, chosen on the test images and so "
+    "too high. train: accuracy on the training images after the last step, without augmentation. "
+    "FLOP: forward and backward of the whole training, convolutions and matrix products; of dense: "
+    "as a share of the dense training's. seconds: all steps, without evaluation, warm-up counted "
+    "as the median step; no measurement where the machine did something else as well."
 )
 
 

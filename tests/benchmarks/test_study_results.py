@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from classifier.options import UserError
-from study import equal_flops, groups, plot, runs, table
+from study import equal_cost, groups, plot, runs, table
 from study.frontier import frontier
 from study.rows import Rows, claim
 from study.settings import resolve
@@ -76,12 +76,14 @@ def test_frontier_is_what_nothing_beats():
     assert frontier([]) == []
 
 
-def made_up(accuracies: list[float], flops: float, **settings: object) -> list[dict[str, str]]:
+def made_up(
+    accuracies: list[float], flops: float, seconds: float = 2.0, **settings: object
+) -> list[dict[str, str]]:
     row = dict.fromkeys(runs.FIELDS, "1")
     found = []
     for seed, accuracy in enumerate(accuracies):
         run = resolve({**settings, "seed": seed})
-        values = {"accuracy": accuracy, "total_flops": flops, "train_s": 2.0}
+        values = {"accuracy": accuracy, "total_flops": flops, "train_s": seconds}
         found.append(row | {n: str(v) for n, v in {**runs.cells(run), **values}.items()})
     return found
 
@@ -134,11 +136,11 @@ def test_difference_to_dense_at_equal_flops_by_hand():
         *made_up([0.99], 3e12, **whole, dropout=0.3),
     ]
     (condition,) = groups.conditions(rows)
-    found = [equal_flops.above_dense(condition, method) for method in condition.methods]
+    found = [equal_cost.above_dense(condition, method) for method in condition.methods]
     wanted = [[], [], [], [0.07, 0.05, 0.03], [0.05], [0.26], []]
     assert [pytest.approx(w) for w in wanted] == found
     # t of 2 degrees of freedom is 4.303; 2 points of deviation, over the root of 3
-    assert equal_flops.text(found[3]) == "+5.00 ± 4.97" and equal_flops.text([0.05]) == "+5.00"
+    assert equal_cost.text(found[3]) == "+5.00 ± 4.97" and equal_cost.text([0.05]) == "+5.00"
     names, lines = table.cells(condition)
     at = {line[0]: dict(zip(names, line, strict=True)) for line in lines}
     column = "- dense, equal FLOPs"
@@ -151,6 +153,25 @@ def test_difference_to_dense_at_equal_flops_by_hand():
         "principal + coarse remainder",
     ]
     assert kinds[5:] == ["dense, lower layers frozen", "dense, other regulariser"]
+
+
+def test_difference_to_dense_at_equal_seconds_by_hand():
+    rows = [
+        *made_up([0.50, 0.60], 4e12, 40.0, method="dense"),
+        *made_up([0.30, 0.50], 2e12, 20.0, method="dense", steps_share=0.5),
+        # At equal FLOPs dense has 0.30 and 0.50, at equal seconds 0.40 and 0.55.
+        *made_up([0.45, 0.59], 2e12, 30.0, method="ssprop", schedule="ConstantSchedule(0.8)"),
+        *made_up([0.45, 0.59], 2e12, 50.0, method="ssprop", schedule="ConstantSchedule(0.6)"),
+    ]
+    (condition,) = groups.conditions(rows)
+    fast, slow = condition.methods[2:]
+    assert equal_cost.above_dense(condition, fast) == [pytest.approx(0.15), pytest.approx(0.09)]
+    by_seconds = equal_cost.above_dense(condition, fast, "train_s")
+    assert by_seconds == [pytest.approx(0.05), pytest.approx(0.04)]
+    assert equal_cost.above_dense(condition, slow, "train_s") == []
+    names, lines = table.cells(condition)
+    cells = [line[names.index("- dense, equal seconds")] for line in lines]
+    assert cells == ["", "", "+4.50 ± 6.35", ""]
 
 
 def test_picture_shows_the_means_over_seeds():

@@ -1,21 +1,24 @@
-"""By how much a method exceeds dense training that stops at the same FLOPs."""
+"""By how much a method exceeds dense training that stops at the same FLOPs, or seconds."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from study.groups import Condition, Method
 
+Cost = Literal["total_flops", "train_s"]
 
-def above_dense(condition: Condition, method: Method) -> list[float]:
-    """Return the differences of accuracy, seed by seed.
 
-    Dense training at other FLOPs than it was stopped at is interpolated, linearly in FLOPs,
+def above_dense(condition: Condition, method: Method, cost: Cost = "total_flops") -> list[float]:
+    """Return the differences of accuracy at the same cost, seed by seed.
+
+    Dense training at another cost than it was stopped at is interpolated, linearly in the cost,
     between the dense trainings of the same seed. A seed in which the method costs more or less
     than all of them has no difference.
     """
@@ -25,14 +28,14 @@ def above_dense(condition: Condition, method: Method) -> list[float]:
     found = []
     for seed, row in method.rows.items():
         points = sorted(
-            (float(d.rows[seed]["total_flops"]), float(d.rows[seed]["accuracy"]))
+            (float(d.rows[seed][cost]), float(d.rows[seed]["accuracy"]))
             for d in dense
             if seed in d.rows
         )
-        flops = float(row["total_flops"])
-        if points and points[0][0] <= flops <= points[-1][0]:
+        own = float(row[cost])
+        if points and points[0][0] <= own <= points[-1][0]:
             x, y = zip(*points, strict=True)
-            found.append(float(row["accuracy"]) - float(np.interp(flops, x, y)))
+            found.append(float(row["accuracy"]) - float(np.interp(own, x, y)))
     return found
 
 
