@@ -24,7 +24,7 @@ from ssprop_patch.plots import style
 _RESULTS = Path(__file__).parent / "results"
 _MODES = {"backward": (style.SPARSE, "backward"), "step": (style.COLOURS[2], "whole step")}
 _BAR = 0.36  # of the distance from network to network
-_ROOM = 0.9  # such distances, for the legend
+_ROOM = 0.9  # such distances, for a legend of one line; for one of three lines twice that
 
 
 def draw(rows: Sequence[Row], flops: dict[str, float]) -> Figure:
@@ -51,7 +51,9 @@ def draw(rows: Sequence[Row], flops: dict[str, float]) -> Figure:
         set.intersection(*everywhere),
         key=lambda name: max(shares[d, name, "step"] for d in devices),
     )
-    height = 1.2 + 0.42 * len(names)
+    in_a_line = len(devices) < 3
+    room = _ROOM if in_a_line else 2 * _ROOM
+    height = 1.2 + 0.42 * len(names) + 0.42 * (room - _ROOM)
     with style.panels(None, len(devices), height, sharex=True, sharey=True) as (figure, panels):
         for axes, device in zip(panels, devices, strict=True):
             for i, (mode, (colour, label)) in enumerate(_MODES.items()):
@@ -62,9 +64,9 @@ def draw(rows: Sequence[Row], flops: dict[str, float]) -> Figure:
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel("share of dense")
-            axes.set_title(device, loc="left")
+            axes.set_title(device.replace("(R)", "").replace(" Processor", ""), loc="left")
         panels[0].set_yticks(range(len(names)), names)
-        panels[0].set_ylim(len(names) - 0.5, -0.5 - _ROOM)
+        panels[0].set_ylim(len(names) - 0.5, -0.5 - room)
         panels[0].set_xlim(0, 1.05 * max(1, *shares.values()))
         handles, labels = panels[0].get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: labels[i] == "its FLOPs")
@@ -72,7 +74,7 @@ def draw(rows: Sequence[Row], flops: dict[str, float]) -> Figure:
             [handles[i] for i in order],
             [labels[i] for i in order],
             loc="upper left",
-            ncols=3,
+            ncols=3 if in_a_line else 1,
             frameon=False,
             borderaxespad=0.2,
             handlelength=1.2,

@@ -428,7 +428,7 @@ def test_the_flops_of_the_readme_are_those_of_the_results():
     rows = csv.DictReader((ROOT / "benchmarks/results/step_flops.csv").open())
     shares = {row["network"]: float(row["step_share"]) for row in rows}
     table = re.findall(
-        r"^\| (\w+), \d+×3×[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|$",
+        r"^\| (\w+), \d+×3×[^|]*\|[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|$",
         (ROOT / "README.md").read_text(),
         re.M,
     )
