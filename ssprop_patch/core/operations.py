@@ -20,8 +20,9 @@ from .selection import selectable_channels
 
 #: dX, dW and db; None for what was not asked for.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-#: Which of dX, dW and db are needed, as ``aten.convolution_backward`` takes it.
+#: dX and dW, as :data:`Grads`.
 DxDw = tuple[Tensor | None, Tensor | None]
+#: Which of dX, dW and db are needed, as ``aten.convolution_backward`` takes it.
 OutputMask = tuple[bool, bool, bool]
 
 

@@ -139,6 +139,7 @@ CELL_SHAPES = [
     (3, 8, 1, 1),
     (1, 40, 1, 2),
     (2, 3, 9, 13),
+    (2, 3, 9, 700),  # a row of cells is more than a block
 ]
 
 
