@@ -4,6 +4,7 @@ timed."""
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
         "--align", type=count, default=1, help="round the number of kept channels up to a multiple"
     )
     parser.add_argument("--skip-grouped", action="store_true", help="leave groups > 1 dense")
+
+
+def rules(args: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """Return the pairs of selection and remainder; channels are chosen ahead with one only."""
+    pairs = itertools.product(args.selection, args.remainder)
+    return [pair for pair in pairs if pair != ("ahead", None) or len(args.remainder) == 1]
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import torch
-from arguments import KINDS, add_conversion, add_networks, add_timing, measure_all
+from arguments import KINDS, add_conversion, add_networks, add_timing, measure_all, rules
 from networks import Network, classifiers
 from rich.console import Console
 from rich.table import Table
@@ -111,10 +111,10 @@ def has_rules(args: argparse.Namespace) -> bool:
 
 def sparse_sides(args: argparse.Namespace) -> Sides:
     """Return rate, selection and remainder of each converted side."""
-    rules = list(itertools.product(args.selection, args.remainder))
+    pairs = rules(args)
     if not has_rules(args):
-        return {"sparse": (args.drop_rate, *rules[0]), "rate0": (0.0, *rules[0])}
-    return {"+".join(filter(None, rule)): (args.drop_rate, *rule) for rule in rules}
+        return {"sparse": (args.drop_rate, *pairs[0]), "rate0": (0.0, *pairs[0])}
+    return {"+".join(filter(None, pair)): (args.drop_rate, *pair) for pair in pairs}
 
 
 def make_sparse(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import os
 import random
 import sys
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on a missing GPU
 
 import torch
-from arguments import add_conversion, add_networks, add_timing
+from arguments import add_conversion, add_networks, add_timing, rules
 from bench_step import make_sparse
 from breakdown.kinds import BETWEEN, KINDS, OPTIMIZER, PART, Slot, split
 from breakdown.marks import ask_for_stamps, marked
@@ -90,11 +89,11 @@ def measure(network: Network, args: argparse.Namespace) -> dict[str, Found]:
     x = torch.randn(network.shape).contiguous(memory_format=layout)
     loss = network.loss(x)
     steps, warmup = {"dense": make_step(dense, x, loss)}, {"dense": args.warmup}
-    for rule in itertools.product(args.selection, args.remainder):
+    for rule in rules(args):
         side = "+".join(filter(None, rule))
         model = make_sparse(copy.deepcopy(dense), args.drop_rate, args, *rule)
         steps[side] = make_step(model, x, loss)
-        early = _EARLY_PASSES if rule[0] == "principal" else 0
+        early = _EARLY_PASSES if rule[0] in ("principal", "ahead") else 0
         warmup[side] = max(args.warmup, early)
     return time_sides(steps, warmup, args.iterations)
 

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # other module included, may change at any time.
 
 __all__ = [
+    "Ahead",
     "BarSchedule",
     "Coarse",
     "ConstantSchedule",
@@ -55,6 +56,7 @@ __all__ = [
 
 #: Where each of these is defined; they are imported when they are first used.
 _NAMES = {
+    "core.ahead": ("Ahead",),
     "core.coarse": ("Coarse",),
     "core.principal": ("Principal", "Subspace"),
     "flops.count": ("summary",),
@@ -124,6 +126,7 @@ if not TYPE_CHECKING:  # to which this would make every name, misspelt ones too,
 
 else:
     from . import functional, integrations, metering, plots, timing
+    from .core.ahead import Ahead
     from .core.coarse import Coarse
     from .core.principal import Principal, Subspace
     from .flops.count import summary

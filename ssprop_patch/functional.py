@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ._validate import check_drop_rate
 from .core import operations
+from .core.ahead import Ahead
 from .core.geometry import Size
 from .core.operations import Operation
 from .core.principal import Principal
@@ -229,6 +230,11 @@ def _run(
         raise ValueError(
             f"selection={selection!r} keeps directions from step to step: make one Subspace for "
             "each layer, ssprop_patch.Subspace(), and pass that as selection"
+        )
+    if selection == "ahead" or isinstance(selection, Ahead):
+        raise ValueError(
+            f"selection={selection!r} remembers what each layer's gradients were like and asks "
+            "the layers before: it is for converted models"
         )
     rule = resolve_rule(selection, remainder)
     function = operation.function()

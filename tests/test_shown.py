@@ -59,7 +59,7 @@ def shown():
         optimizer.step()
     found += [meter, report, report.layers[0], report.energy, meter.channels, ssp.status(model)]
     found += [*other.channels.winners().values(), ssp.get_controller(model), ssp.plan(model)]
-    found += [ssp.Coarse(), ssp.Principal(), ssp.Subspace(), ssp.LambdaSchedule(len)]
+    found += [ssp.Ahead(), ssp.Coarse(), ssp.Principal(), ssp.Subspace(), ssp.LambdaSchedule(len)]
     found += [ssp.sparsity(model, 0.5), ssp.paused(model), ssp.converted(model)]
     found += [timing.Quantiles.of([1.0]), *ssp.kernels.choices()]
     found += map(ssp.parse_schedule, ("0.5", "BarSchedule(0.5)", "StepSchedule([0.1, 0.2], [3])"))

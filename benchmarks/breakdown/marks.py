@@ -72,6 +72,7 @@ PYTHON_FUNCTIONS: dict[str, tuple[str, ...]] = {
         "core.coarse.CoarseTwin.spread_taps",
         "ops.coarse_twin.FastTwin.add",
         "ops.coarse_twin.FastTwin.add_others",
+        "ops.two_resolutions._dx",
     ),
 }
 #: The C functions, which the profiler does not see.
@@ -88,6 +89,9 @@ C_FUNCTIONS = {
     "put_taps": COARSE,
     "rows_backward": ROWS,
     "norm_sums": NORM,
+    "two_norm": NORM,
+    "two_relu": NORM,
+    "positive_cells": COARSE,
     "norm_input_grad": NORM,
     "conv_dx": INPUT,
     "conv_dw": WEIGHT,

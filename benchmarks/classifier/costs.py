@@ -54,7 +54,7 @@ class StepCost:
         except ValueError as error:
             raise UserError(f"--model: {error}") from error
         self._converted = None
-        if selection == "principal" or remainder != "none":
+        if selection in ("principal", "ahead") or remainder != "none":
             # What a layer then costs is no multiple of what it keeps: the package is asked.
             self._converted, self._shapes = copy.deepcopy(model), shapes
             ssp.convert(

@@ -145,7 +145,7 @@ LISTS = ("types", "exclude", "frozen")  # one value of these is a list
 
 _CHOICES = {
     "method": METHODS,
-    "selection": ("l1", "l2", "random", "principal"),
+    "selection": ("l1", "l2", "random", "principal", "ahead"),
     "remainder": ("none", "coarse"),
     "optimizer": ("sgd", "adam", "adamw"),
     "lr_schedule": ("one-cycle", "warm-cosine"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MODELS = "timm:NAME, torchvision:NAME or PATH.py:FUNCTION"
-SELECTIONS = ("l1", "l2", "random", "principal")
+SELECTIONS = ("l1", "l2", "random", "principal", "ahead")
 REMAINDERS = ("none", "coarse")
 #: The layers of torch that can have a sparse backward, and those that get one by default.
 TYPES = (
@@ -167,7 +167,8 @@ def add_selection(parser: Any) -> None:
         choices=SELECTIONS,
         default="l1",
         help="what of the gradient goes back: the channels that score highest by l1 (the paper, "
-        "the default) or l2, random ones, or the gradient's principal directions",
+        "the default) or l2, random ones, the gradient's principal directions, or channels chosen "
+        "ahead, by earlier gradients (needs --remainder coarse)",
     )
     parser.add_argument(
         "--remainder",

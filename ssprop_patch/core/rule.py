@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from math import inf, prod
 from typing import Literal, NamedTuple
 
-from .coarse import Coarse, count_blocks
+from .ahead import Ahead, Scores
+from .cells import count_blocks
+from .coarse import Coarse
 from .geometry import convolution_shape
 from .principal import Principal, Side, Subspace, cheaper_side, projected_share
 from .selection import ScoreFn, l1_scores, resolve_selection, selectable_channels
@@ -24,11 +26,13 @@ class BackwardRule(NamedTuple):
         block: Output positions in each dimension that the coarse remainder takes together; 0: what
             is not selected is dropped.
         subspace: The layer's directions; None: channels are kept.
+        ahead: What the layer knows of earlier gradients, if channels are chosen by these.
     """
 
     score_fn: ScoreFn = l1_scores
     block: int = 0
     subspace: Subspace | None = None
+    ahead: Scores | None = None
 
     @property
     def is_top_k(self) -> bool:
@@ -42,9 +46,16 @@ class BackwardRule(NamedTuple):
 
     def for_another_layer(self) -> BackwardRule:
         """Return the same rule with a state of its own."""
-        if self.subspace is None:
-            return self
-        return self._replace(subspace=Subspace(self.subspace.settings))
+        rule = self
+        if self.subspace is not None:
+            rule = rule._replace(subspace=Subspace(self.subspace.settings))
+        if self.ahead is not None:
+            rule = rule._replace(ahead=Scores(self.ahead.settings))
+        return rule
+
+    def without_memory(self) -> BackwardRule:
+        """Return the rule of calls that do not belong to the layer, or cannot remember."""
+        return self._replace(subspace=None, ahead=None)
 
 
 def _selects_together(score_fn: ScoreFn) -> bool:
@@ -139,7 +150,9 @@ class Extent(NamedTuple):
 
 
 # The function last: what reads configuration files takes the first that fits.
-Selection = Literal["l1", "l2", "random", "principal"] | Principal | Subspace | ScoreFn
+Selection = (
+    Literal["l1", "l2", "random", "principal", "ahead"] | Principal | Subspace | Ahead | ScoreFn
+)
 Remainder = Literal["coarse"] | Coarse | None
 
 #: Channels kept; directions of dy; directions of dX and the weight gradient; all of the gradient.
@@ -153,11 +166,16 @@ class BackwardKind(NamedTuple):
         selected: What goes back as it is.
         block: Positions of a block in which the rest goes back coarsely; 0: it is dropped.
         refreshed: Whether the directions were refreshed.
+        inputs: Of channels that were chosen ahead: how many of the input's channels are kept, as
+            the layers before chose; 0: dX is formed for all of them.
+        scored: Whether the channels were chosen by this gradient, and not ahead of it.
     """
 
     selected: Selected = "channels"
     block: int = 0
     refreshed: bool = False
+    inputs: int = 0
+    scored: bool = True
 
 
 #: The paper's: kept channels, and nothing else.
@@ -213,4 +231,12 @@ def resolve_rule(selection: Selection = "l1", remainder: Remainder = None) -> Ba
         return BackwardRule(l1_scores, block, Subspace(selection))
     if selection == "principal":
         return BackwardRule(l1_scores, block, Subspace())
+    if isinstance(selection, Ahead) or selection == "ahead":
+        if not block:
+            raise ValueError(
+                'selection="ahead" sends back coarsely what it does not keep: pass '
+                'remainder="coarse"'
+            )
+        settings = selection if isinstance(selection, Ahead) else None
+        return BackwardRule(l1_scores, block, ahead=Scores(settings))
     return BackwardRule(resolve_selection(selection), block)

@@ -136,6 +136,7 @@ def random_scores(dy: Tensor) -> Tensor:
 
 
 _BY_NAME: dict[str, ScoreFn] = {"l1": l1_scores, "l2": l2_scores, "random": random_scores}
+_NAMES = (*_BY_NAME, "ahead", "principal")  # the others do more than to score channels
 
 
 def resolve_selection(selection: Selection) -> ScoreFn:
@@ -148,14 +149,13 @@ def resolve_selection(selection: Selection) -> ScoreFn:
     if isinstance(selection, str):
         if selection not in _BY_NAME:
             raise ValueError(
-                f"selection must be one of {sorted([*_BY_NAME, 'principal'])} or a callable, got "
-                f"{selection!r}"
+                f"selection must be one of {sorted(_NAMES)} or a callable, got {selection!r}"
             )
         return _BY_NAME[selection]
     if callable(selection):
         return selection
     raise TypeError(
-        f"selection must be a name ({', '.join(sorted([*_BY_NAME, 'principal']))}), a Principal or "
+        f"selection must be a name ({', '.join(sorted(_NAMES))}), a Principal, an Ahead or "
         "a callable that takes the output gradient and returns one score per channel, got "
         f"{type(selection).__name__}"
     )

@@ -31,6 +31,7 @@ from ..core.selection import kept_channels, selectable_channels
 from ..patching.dry_run import dry_run
 from ..patching.eligibility import DEFAULT_TYPES, Types
 from ..patching.layer_kinds import is_patched_layer
+from ..patching.layer_rules import why_not_ahead
 from ..schedule import presets
 from ..schedule.controller import SparsityController
 from ..schedule.schedules import Schedule, as_schedule
@@ -164,7 +165,7 @@ def summary(
         counts: Counter[int] = Counter()
         mean = 0.0
         for rate, n in rates(controller).items():
-            rate = rate if override is None or rate == 0.0 else override
+            rate = _own_rate(override, rate)
             k = kept_channels(channels, rate, to)
             counts[k] += n
             mean += n * (rate if to == 1 else 1 - k / channels)
@@ -174,8 +175,30 @@ def summary(
     for controller in dict.fromkeys(p.controller for p in policies.values()) or [None]:
         rates(controller)
 
+    def read(call: TracedCall, rule: BackwardRule, k: int) -> int:
+        """Return how many channels of a call's dX the layers before read that chose ahead."""
+        wanted = set()
+        for module in call.before if rule.ahead is not None else ():
+            policy = policies.get(module)
+            row, own = rows[module], chosen or (policy.rule if policy else rule)
+            chosen_ahead = own.ahead is not None and not why_not_ahead(module)
+            if not chosen_ahead or (row.action != "convert" if not policies else policy is None):
+                return 0
+            to = (policy.align if policy else 1) if align is None else align
+            controller, override = (policy.controller, policy.override) if policy else (None, None)
+            each = selectable_channels(call.channels, getattr(call.module, "groups", 1))
+            mine = policies.get(call.module)
+            wanted |= {
+                kept_channels(call.input_shape[1], _own_rate(override, rate), to)
+                for rate in rates(controller)
+                if kept_channels(each, _own_rate(mine and mine.override, rate), to) == k
+            }
+        return max(wanted, default=0)
+
     layers = []
-    traced = trace(model, list(rows), input_size, inputs)
+    given = [chosen] if chosen else [policy.rule for policy in policies.values()]
+    follow = any(rule.ahead is not None for rule in given)
+    traced = trace(model, list(rows), input_size, inputs, follow=follow)
     for call, calls in traced.calls.items():
         module, row = call.module, rows[call.module]
         each = selectable_channels(call.channels, getattr(module, "groups", 1))
@@ -189,7 +212,7 @@ def summary(
             ks, rate = kept(None, None, align or 1, each)
         else:
             ks, rate = Counter([each]), 0.0
-        flops = {k: _call_flops(call, rule, k) for k in ks}
+        flops = {k: _call_flops(call, rule, k, read(call, rule, k)) for k in ks}
         fewest, total = flops[min(ks)], ks.total()
         sparse = (sum(n * flops[k].backward for k, n in ks.items()) * calls + total // 2) // total
         layers.append(
@@ -220,7 +243,11 @@ def summary(
     return Summary(tuple(layers), label, unlisted, others, traced.unknown)
 
 
-def _call_flops(call: TracedCall, rule: BackwardRule, k: int) -> ConvFlops:
+def _own_rate(override: float | None, rate: float) -> float:
+    return rate if override is None or rate == 0.0 else override
+
+
+def _call_flops(call: TracedCall, rule: BackwardRule, k: int, read: int) -> ConvFlops:
     extent = Extent.of(
         call.input_shape,
         call.weight_shape,
@@ -229,11 +256,14 @@ def _call_flops(call: TracedCall, rule: BackwardRule, k: int) -> ConvFlops:
         getattr(call.module, "transposed", False),
         rule.block,
     )
-    kind = kind_of(rule, extent, k)
-    if rule.subspace is None:
-        return layer_flops(extent, kind, k, call.output_mask)
-    interval = rule.subspace.settings.refresh_interval
-    return mean_flops(extent, kind, k, call.output_mask, interval)
+    kind, mask = kind_of(rule, extent, k), call.output_mask
+    if rule.subspace is not None:
+        interval = rule.subspace.settings.refresh_interval
+        return mean_flops(extent, kind, kind._replace(refreshed=True), k, mask, interval)
+    if rule.ahead is not None and not why_not_ahead(call.module):
+        usually = kind._replace(inputs=read, scored=False)
+        return mean_flops(extent, usually, kind, k, mask, rule.ahead.settings.look_interval)
+    return layer_flops(extent, kind, k, mask)
 
 
 def _rates(

@@ -39,10 +39,13 @@ def layer_flops(
     kept = extent.channels if k is None else k * extent.choices
     if kept >= extent.channels or kind.selected == "all" or not any(output_mask):
         return ConvFlops(2 * macs, dense, dense, extent.channels)
+    if kind.inputs:
+        cost = _two_resolutions(extent, kind.inputs, kept, output_mask)
+        return ConvFlops(2 * macs, dense, cost, kept)
     if kind.selected == "channels":
         products = 2 * macs * (output_mask[0] + output_mask[1]) // extent.channels * kept
         of_bias = outputs if kind.block else outputs // extent.channels * kept
-        cost = products + of_bias * output_mask[2] + 2 * outputs
+        cost = products + of_bias * output_mask[2] + 2 * outputs * kind.scored
         rest = extent.channels - kept
     else:
         cost = outputs * output_mask[2]
@@ -55,6 +58,20 @@ def layer_flops(
         products = 2 * extent.blocks * rest * extent.inputs
         cost += products * (output_mask[0] + output_mask[1])
     return ConvFlops(2 * macs, dense, cost, kept)
+
+
+def _two_resolutions(e: Extent, inputs: int, kept: int, output_mask: OutputMask) -> int:
+    """dX from kept channels to kept ones, dW of the kept ones; the twin's, and sums over cells."""
+    need_x, need_w, need_b = output_mask
+    cost = e.blocks * e.channels * need_b
+    if need_x:  # what is counted twice, what is spread, and sums of that
+        cost += 2 * e.y_positions * e.taps * kept * inputs
+        cost += 2 * e.blocks * (e.channels * e.inputs + kept * inputs)
+        cost += 2 * e.x_positions * inputs
+    if need_w:
+        cost += 2 * e.y_positions * e.taps * kept * e.inputs
+        cost += 2 * e.blocks * (e.channels - kept) * e.inputs + e.x_positions * e.inputs
+    return cost
 
 
 def _output_side(e: Extent, kind: BackwardKind, k: int, output_mask: OutputMask) -> int:
@@ -92,10 +109,15 @@ def _input_side(e: Extent, kind: BackwardKind, k: int, output_mask: OutputMask) 
 
 
 def mean_flops(
-    extent: Extent, kind: BackwardKind, k: int, output_mask: OutputMask, refresh_interval: int
+    extent: Extent,
+    usually: BackwardKind,
+    sometimes: BackwardKind,
+    k: int,
+    output_mask: OutputMask,
+    interval: int,
 ) -> ConvFlops:
-    """Return the FLOPs of one call, with the cost of refreshes spread over an interval."""
-    usual = layer_flops(extent, kind, k, output_mask)
-    refreshed = layer_flops(extent, kind._replace(refreshed=True), k, output_mask)
-    more = (refreshed.backward - usual.backward) // refresh_interval
+    """Return the FLOPs of one call in the mean, of which one in ``interval`` is of another kind."""
+    usual = layer_flops(extent, usually, k, output_mask)
+    other = layer_flops(extent, sometimes, k, output_mask)
+    more = (other.backward - usual.backward) // interval
     return ConvFlops(usual.forward, usual.dense_backward, usual.backward + more, usual.kept)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._torch_compat import FakeTensorMode, is_dynamo_imported, tree_leaves, tree_map_only
 from .._validate import check_count
 from ..core.operations import OutputMask
+from ..ops.lazy_grad.producers import producers
 from ..schedule.controller import find_controllers
 from .products import Product, Products
 
@@ -24,13 +25,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TracedCall:
-    """One call of a layer, as far as its cost depends on it."""
+    """One call of a layer, as far as its cost depends on it.
+
+    Attributes:
+        before: The layers whose outputs the input was made of, if a gradient of two resolutions
+            would pass all that lies in between.
+    """
 
     module: nn.Module
     input_shape: Shape
     weight_shape: Shape
     output_shape: Shape
     output_mask: OutputMask
+    before: tuple[nn.Module, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -64,6 +71,7 @@ def trace(
     input_size: Any,
     inputs: Any,
     also: Sequence[nn.Module] = (),
+    follow: bool = False,
 ) -> Trace:
     """Run one forward pass; return the calls of ``layers``, and all other products.
 
@@ -72,6 +80,7 @@ def trace(
         layers: The layers whose calls are wanted.
         input_size, inputs: As for :func:`ssprop_patch.summary`.
         also: Modules whose products are to be known as theirs.
+        follow: Whether calls say which layers come ``before``.
 
     Raises:
         TypeError, ValueError: As :func:`ssprop_patch.summary`.
@@ -93,8 +102,9 @@ def trace(
                         vars(module)[name] = OrderedDict()
             for module in also:
                 vars(module)["forward"] = _noted(module, products)
+            made: dict[Any, nn.Module] | None = {} if follow else None
             for module in layers:
-                vars(module)["forward"] = _recorded(module, calls, products)
+                vars(module)["forward"] = _recorded(module, calls, products, made)
             try:
                 _run(model, make, fake, products)
                 return Trace(calls, products.found, products.unknown)
@@ -118,7 +128,12 @@ def _noted(module: Any, products: Products) -> Callable[..., Any]:
     return noted
 
 
-def _recorded(module: Any, calls: Counter[TracedCall], products: Products) -> Callable[..., Any]:
+def _recorded(
+    module: Any,
+    calls: Counter[TracedCall],
+    products: Products,
+    made: dict[Any, nn.Module] | None,
+) -> Callable[..., Any]:
     forward = module.forward  # not a hook, so that a call of .forward counts too
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +145,12 @@ def _recorded(module: Any, calls: Counter[TracedCall], products: Products) -> Ca
             for t in (x, module.weight, module.bias)
         )
         shapes = tuple(x.shape), tuple(module.weight.shape), tuple(y.shape)
-        call = TracedCall(module, *shapes, (need_x, need_w, need_b))
+        makers: dict[nn.Module, None] = {}
+        if made is not None:
+            before = producers(x.grad_fn, made.__contains__) or ()
+            makers = dict.fromkeys(made[node] for node in before)
+            made[y.grad_fn] = module
+        call = TracedCall(module, *shapes, (need_x, need_w, need_b), tuple(makers))
         calls[call] += 1
         products.claim(2 * call.macs)
         return out

@@ -18,9 +18,11 @@ from ..schedule.call_observer import CallObserver
 from . import custom_ops
 from .backward import linear_backward, sparse_backward
 from .lazy_grad import graph as lazy_grad
+from .lazy_grad.gradients import LazyGradient
 from .lazy_grad.graph import Needed
 from .traced_gradient import along_directions, kind_with_directions
 from .transforms import NO_TRANSFORMS, cast, in_transform, is_autocasting, is_batched
+from .two_resolutions import Call, ahead_backward, begin_call
 
 
 class Compiled(NamedTuple):
@@ -151,6 +153,8 @@ class _SparseConv(torch.autograd.Function):
         y = _convolution(x, w, b, params)
         if observer is not None:
             observer.forward(x, w, y)
+        if rule.ahead is not None:
+            ctx.ahead = begin_call(x, w, y, params, k, rule, SparseConvNode)
         return y
 
     @staticmethod
@@ -160,8 +164,16 @@ class _SparseConv(torch.autograd.Function):
             w = w.to(x.dtype)
         params, k, rule, observer = ctx.config
         output_mask = _output_mask(ctx)
-        if not torch.compiler.is_compiling():
+        call: Call | None = getattr(ctx, "ahead", None)
+        if not torch.compiler.is_compiling() and (call is None or call.inputs is None):
             lazy_grad.prepare_before(ctx, x, needed_by)
+        if call is not None and call.kept is not None:
+            ahead = ahead_backward, dy, x, w, params, rule, call, output_mask, observer
+            dx, dw, db = _outside_of_autocast(*ahead)
+            # What is asked for by torch.autograd.grad has to be an ordinary tensor.
+            if isinstance(dx, LazyGradient) and any(map(lazy_grad.is_partial, call.before)):
+                dx = dx.form()
+            return dx, dw, db, None, None, None, None
         grads = _outside_of_autocast(
             sparse_backward, dy, x, w, params, k, rule, output_mask, observer
         )

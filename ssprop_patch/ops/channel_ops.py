@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import selection
-from ..core.coarse import Cells
+from ..core.cells import Cells
 from . import native
 from .native.cells import can_describe
 

@@ -5,32 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.coarse import Cells, CoarseTwin, channel_rows
+from ..core.coarse import CoarseTwin, channel_rows
 from ..core.operations import DxDw
 from .channel_ops import are_for_c
-from .lazy_grad.gradients import NormGradient
-from .native.cells import add_cells, sum_cells
+from .coarse_cells import FastCells
 from .native.taps import put_taps, sum_taps
-
-
-class FastCells(Cells):
-    """As :class:`ssprop_patch.core.coarse.Cells`."""
-
-    def sums(self, t: Tensor) -> Tensor:
-        """Return the sum over each cell's positions inside the map, (N, C, *number)."""
-        done = None
-        if isinstance(t, NormGradient):
-            done = t.cell_sums(self)
-            t = t if done is not None else t.form()
-        if done is None and are_for_c(t):
-            done = sum_cells(t, self)
-        return super().sums(t) if done is None else done
-
-    def add_spread(self, to: Tensor, t: Tensor) -> Tensor:
-        """Return ``to + spread(t)``; in place, where nothing of ``to`` is recorded."""
-        if not torch.is_grad_enabled() and are_for_c(to, t) and add_cells(to, t, self):
-            return to
-        return super().add_spread(to, t)
 
 
 class FastTwin(CoarseTwin):
@@ -58,7 +37,15 @@ class FastTwin(CoarseTwin):
             dw = self.add_taps(dw, coarse[1])
         return dx, dw
 
-    def add_others(self, pair: DxDw, pooled: Tensor, kept: Tensor, x: Tensor, w: Tensor) -> DxDw:
+    def add_others(
+        self,
+        pair: DxDw,
+        pooled: Tensor,
+        kept: Tensor,
+        x: Tensor,
+        w: Tensor,
+        x_means: Tensor | None = None,
+    ) -> DxDw:
         """Return ``pair``, dX and dW of the kept channels, plus those of all others.
 
         Args:
@@ -66,24 +53,26 @@ class FastTwin(CoarseTwin):
             pooled: Of the whole gradient, see :meth:`pool_output`.
             kept: (k,), the kept channels, ascending.
             x, w: As for :meth:`backward`.
+            x_means: The means of ``x`` over tiles, if they are known.
         """
         dx, dw = pair
-        ordinary = self._groups == 1 and not self.transposed and w[0, 0].numel() > 1
+        ordinary = self._groups == 1 and not self.transposed
         tensors = [t for t in (w, pooled, dw) if t is not None]
         if torch.is_grad_enabled() or not (ordinary and are_for_c(*tensors)):
             return self.add_backward(pair, pooled.index_fill(1, kept, 0), x, w)
         others = _all_but(kept, w.shape[0])
-        rows, shares = channel_rows(pooled.index_select(1, others)), self._seen_taps(w).flatten()
+        rows, shares = channel_rows(pooled.index_select(1, others)), self.seen_taps(w).flatten()
         if dw is not None:  # rows that hold nothing yet: they are written, not read
-            values = rows.t() @ channel_rows(self._pool_input(x))
+            x_means = self.pool_input(x) if x_means is None else x_means
+            values = rows.t() @ channel_rows(x_means)
             if not put_taps(dw, values, shares, others):
                 taps = (values.unsqueeze(2) * shares).view(-1, *dw.shape[1:])
                 dw.index_copy_(0, others, taps)
         if dx is not None:
             matrix = sum_taps(w, shares, others)
             if matrix is None:
-                matrix = self._sum_of_taps(w.index_select(0, others))
-            dx = self.of_x.add_spread(dx, self._as_cells(rows @ matrix, pooled))
+                matrix = self.sum_of_taps(w.index_select(0, others))
+            dx = self.of_x.add_spread(dx, self.as_cells(rows @ matrix, pooled))
         return dx, dw
 
 

@@ -28,7 +28,7 @@ _AVX2_BLOCK = 8
 # that are not small, where gaps count less, and in three dimensions, where torch is slow.
 _MOST_TERMS, _MOST_STRIDED_TERMS, _MOST_DW_TERMS, _MOST_3D_TERMS = 300, 480, 700, 2000
 # With AVX-512 torch's kernels, whose blocks have 16 channels, are slow where these are not full.
-_MOST_TERMS_AVX512 = 150
+_MOST_TERMS_AVX512, _MOST_DW_TERMS_AVX512 = 150, 85
 _NOT_SMALL = 144
 # Inputs, and products of an input and a weight, of a 1x1 convolution that C functions take.
 _FEW_INPUTS, _FEW_PRODUCTS, _FEW_PRODUCTS_WIDE, _FEW_PRODUCTS_LAST = 2**18, 1.5e6, 2.5e5, 4e6
@@ -151,7 +151,7 @@ def _ordinary(layer: _Layer) -> Algorithms:
     most = _MOST_TERMS_AVX512 if layer.avx512 else _MOST_TERMS
     few = terms <= (_MOST_STRIDED_TERMS if strided else most)
     dx = few and not layer.last
-    dw = few and not (layer.avx512 and strided)
+    dw = few and not (layer.avx512 and (strided or terms > _MOST_DW_TERMS_AVX512))
     if not (layer.avx512 or strided):
         dw = dw or (terms <= _MOST_DW_TERMS and math.prod(x[2:]) >= _NOT_SMALL)
     if layer.last:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from math import ceil
 
+import torch
 from torch import Tensor
 
+from ..core.ahead import Scores
 from ..core.geometry import ConvParams, convolution_shape
 from ..core.operations import DxDw, Grads, OutputMask
 from ..core.reference import dense_backward
 from ..core.rule import BackwardKind, BackwardRule, Extent, kind_of
+from ..core.selection import check_scores
 from ..schedule.call_observer import CallObserver
 from . import autotune
 from .channel_gradients import KeptChannels
+from .channel_ops import topk_indices
+from .channel_scores import channel_scores
 from .coarse_twin import FastTwin
 from .native.tensors import check_memory
 from .projection import (
@@ -93,7 +98,8 @@ def _take_part(
     )
     kind = kind_of(rule, one, k)
     if kind.selected == "channels":
-        _ = KeptChannels(dy, x, w, p, k, rule.score_fn).index
+        kept = KeptChannels(dy, x, w, p, k, rule.score_fn)
+        _ = kept.index if rule.ahead is None else _look(dy, kept, rule.ahead)
     elif kind.selected == "output":
         output_basis(dy, p.groups, k, rule)
     elif kind.selected == "input":
@@ -154,6 +160,8 @@ def _along_channels(
 ) -> Grads:
     needs = output_mask[:2]
     kept = KeptChannels(dy, x, w, p, k, rule.score_fn)
+    if rule.ahead is not None:
+        kept.index = _look(dy, kept, rule.ahead)
     algorithms = autotune.choose(kept, *needs)
     dx, dw, db = algorithms.run(kept, (*needs, output_mask[2] and not kind.block))
     if observer is not None:
@@ -166,6 +174,14 @@ def _along_channels(
     if output_mask[2]:
         db = _sum_of_channels(dy if p.transposed else pooled)  # of a transposed one: means
     return *twin.add_others((dx, dw), pooled, kept.index, x, w), db
+
+
+def _look(dy: Tensor, kept: KeptChannels, scores: Scores) -> Tensor:
+    """Return the kept channels of a layer that remembers how large each of them is."""
+    with torch.no_grad():
+        sizes = channel_scores(kept.score_fn, dy.detach() if dy.requires_grad else dy)
+        scores.observe(check_scores(sizes, dy))
+        return topk_indices(sizes, kept.k, 1)
 
 
 def _sum_of_channels(t: Tensor) -> Tensor:

@@ -87,7 +87,10 @@ def convert(
             ``"principal"`` (:class:`ssprop_patch.Principal` has its settings): dy goes back along
             its leading directions over channels, as many as channels would be kept; depthwise
             layers, and those in which that costs more than it saves, keep channels by ``"l1"``:
-            ``plan(model, selection="principal")`` says which.
+            ``plan(model, selection="principal")`` says which. Or ``"ahead"``
+            (:class:`ssprop_patch.Ahead` has its settings; needs ``remainder="coarse"``): channels
+            are chosen by a running mean of earlier scores, so that the layers above form no more
+            than these, and block means of the others.
         remainder: What becomes of the gradient that is not selected. None: it is dropped, as in the
             paper. ``"coarse"`` (:class:`ssprop_patch.Coarse` has its settings): it goes back
             averaged over blocks of about 4 x 4 positions, for one or two percent of the FLOPs.

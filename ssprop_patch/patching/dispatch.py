@@ -103,7 +103,7 @@ def dispatch(
                 bias,
                 geometry,
                 k=k,
-                rule=policy.rule if own else policy.rule._replace(subspace=None),
+                rule=policy.rule if own else policy.rule.without_memory(),
                 observer=policy.observer,
             )
         module._ssprop_membership.calls.kept_all(policy.drop_rate)

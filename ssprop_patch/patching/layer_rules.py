@@ -26,6 +26,8 @@ def rule_of_layer(rule: BackwardRule, module: nn.Module) -> BackwardRule:
     """Return the rule that one layer goes by, with a state of its own if it has any use for it."""
     if rule.subspace is not None and _why_no_directions(module):
         return rule._replace(subspace=None)
+    if rule.ahead is not None and why_not_ahead(module):
+        return rule._replace(ahead=None)
     return rule.for_another_layer()
 
 
@@ -40,6 +42,9 @@ def choice_of_layer(
         drop_rate: Of the layer.
         align: As for ``convert``.
     """
+    if rule.ahead is not None:
+        why = why_not_ahead(module)
+        return Choice("channels", f"chosen in each backward: {why}" if why else "chosen ahead")
     if rule.subspace is None:
         return Choice("channels")
     why = _why_no_directions(module)
@@ -73,3 +78,14 @@ def _why_no_directions(module: nn.Module) -> str:
     if getattr(module, "groups", 1) == getattr(module, "out_channels", 1) > 1:
         return "depthwise, no channels to combine"
     return ""
+
+
+def why_not_ahead(module: nn.Module) -> str:
+    """Return why a layer's channels are not chosen ahead, or nothing."""
+    if isinstance(module, nn.Linear):
+        return "no convolution"
+    if getattr(module, "transposed", False):
+        return "transposed"
+    if weight_shape(module) is None:
+        return "its weight may have another shape in each call"
+    return "" if getattr(module, "groups", 1) == 1 else "it has groups"

@@ -43,12 +43,14 @@ class LayerPolicy:
         # What compiled code reads: bools, and tensors whose values are not guarded on.
         self.can_drop = self.override != 0.0
         self.is_metered = self.observer is not None
-        self.settings = LayerSettings(self.rule, self.override, self.align, self.observer)
+        # There the channels are chosen in each backward.
+        rule = self.rule._replace(ahead=None)
+        self.settings = LayerSettings(rule, self.override, self.align, self.observer)
         self.traced_as = self._traced_as()
         self.token = self.token_of_others = token_of(self.settings)
-        self.remembers = self.rule.subspace is not None
-        if self.remembers:  # but nothing of a weight that is not the layer's own
-            others = dataclasses.replace(self.settings, rule=self.rule._replace(subspace=None))
+        self.remembers = self.rule.subspace is not None or self.rule.ahead is not None
+        if rule.subspace is not None:  # but nothing of a weight that is not the layer's own
+            others = dataclasses.replace(self.settings, rule=self.rule.without_memory())
             self.token_of_others = token_of(others)
 
     def metered(self, observer: CallObserver) -> LayerPolicy:

@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._text import counted
+from ..core.ahead import Scores, make_team
 from ..core.principal import Subspace
 from .step_counter import StepCounter
 
 
-def subspaces(counter: StepCounter) -> dict[str, tuple[nn.Module, Subspace]]:
+def memories(counter: StepCounter) -> dict[str, tuple[nn.Module, Subspace | Scores]]:
     """Return the layers that have one, by their names in the models that were converted.
 
     Where several models share a controller, the number of the model comes before the name; what is
     in none of them any more has the number of the layer.
     """
-    found = {m: s for m in counter.layers if (s := _subspace_of(m)) is not None}
+    found = {m: s for m in counter.layers if (s := _memory_of(m)) is not None}
     names: dict[nn.Module, str] = {}
     roots = counter.roots
     for number, root in enumerate(roots):
@@ -29,17 +30,25 @@ def subspaces(counter: StepCounter) -> dict[str, tuple[nn.Module, Subspace]]:
                 names.setdefault(module, prefix + (name or "(model)"))
     for number, module in enumerate(found):
         names.setdefault(module, f"layer {number}")
-    return {names[m]: (m, subspace) for m, subspace in found.items()}
+    return {names[m]: (m, memory) for m, memory in found.items()}
 
 
-def _subspace_of(module: nn.Module) -> Subspace | None:
+def _memory_of(module: nn.Module) -> Subspace | Scores | None:
     policy = vars(module).get("_ssprop_policy")
-    return None if policy is None else policy.rule.subspace
+    return None if policy is None else policy.rule.subspace or policy.rule.ahead
 
 
 def layers_state(counter: StepCounter) -> dict[str, Any]:
     """Return the state of each layer that has any."""
-    return {name: subspace.state_dict() for name, (_, subspace) in subspaces(counter).items()}
+    layers = {name: memory for name, (_, memory) in memories(counter).items()}
+    names = {id(memory): name for name, memory in layers.items()}
+    state = {}
+    for name, memory in layers.items():
+        state[name] = memory.state_dict()
+        if isinstance(memory, Scores):  # in their order, in which scores are added
+            mates = [names.get(id(member)) for member in memory.team.members]
+            state[name]["team"] = [mate for mate in mates if mate is not None]
+    return state
 
 
 def check_layers_state(counter: StepCounter, state: Any) -> None:
@@ -50,26 +59,50 @@ def check_layers_state(counter: StepCounter, state: Any) -> None:
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"the state of the layers must be a dict, got {type(state).__name__}")
-    layers = subspaces(counter)
+    layers = memories(counter)
     if set(state) != set(layers):
         odd = sorted(set(state) ^ set(layers))
         where = "this model" if odd[0] in layers else "the state"
         raise ValueError(
-            f"the state has the directions of {counted(len(state), 'layer')}, this model keeps "
-            f"those of {len(layers)}: {odd[0]!r} is in {where} only. Convert "
-            "with the selection, and the layers, that it was saved with."
+            f"the state has what {counted(len(state), 'layer')} remember, in this model "
+            f"{len(layers)} do: {odd[0]!r} is in {where} only. Convert with the selection, and the "
+            "layers, that it was saved with."
         )
-    for name, (module, _) in layers.items():
-        _check_layer(name, module, state[name])
+    for name, (module, memory) in layers.items():
+        if isinstance(memory, Scores):
+            _check_scores(name, module, state[name], state)
+        else:
+            _check_directions(name, module, state[name])
 
 
 def load_layers_state(counter: StepCounter, state: Mapping[str, Any]) -> None:
     """Let all layers go on where ``state`` was taken, which was checked."""
-    for name, (_, subspace) in subspaces(counter).items():
-        subspace.load_state_dict(state[name])
+    layers = memories(counter)
+    for name, (_, memory) in layers.items():
+        memory.load_state_dict(state[name])
+    for name, (_, memory) in layers.items():
+        if isinstance(memory, Scores):
+            mates = [layers[mate][1] for mate in state[name]["team"]]
+            make_team([mate for mate in mates if isinstance(mate, Scores)])
 
 
-def _check_layer(name: str, module: Any, state: Any) -> None:
+def _check_scores(name: str, module: Any, state: Any, layers: Mapping[str, Any]) -> None:
+    try:
+        passes, scores, team = int(state["passes"]), state["scores"], state["team"]
+        wrong = passes < 0 or name not in team or not set(team) <= set(layers)
+        wrong = wrong or not (scores is None or isinstance(scores, Tensor))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: not the scores of a layer: {error!r}") from error
+    if wrong:
+        raise ValueError(f"{name}: not the scores of a layer")
+    if scores is not None and tuple(scores.shape) != (module.out_channels,):
+        raise ValueError(
+            f"{name}: the state is of another layer, of {tuple(scores.shape)} channels: this is "
+            f"{module}"
+        )
+
+
+def _check_directions(name: str, module: Any, state: Any) -> None:
     try:
         passes, bases = int(state["passes"]), state["bases"]
         given = {key: tuple(basis["covariance"].shape) for key, basis in bases.items()}

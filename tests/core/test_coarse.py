@@ -5,7 +5,8 @@ import torch
 
 from core.twins import convolve, layers, twin, twin_gradients
 from ssprop_patch import Coarse
-from ssprop_patch.core.coarse import Cells, CoarseTwin, count_blocks, divide
+from ssprop_patch.core.cells import Cells, count_blocks, divide
+from ssprop_patch.core.coarse import CoarseTwin
 from ssprop_patch.core.geometry import ConvParams
 
 close = dict(rtol=1e-11, atol=1e-11)

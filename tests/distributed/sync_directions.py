@@ -70,6 +70,28 @@ def all_ranks_have_the_same_directions():
 
 
 @check
+def all_ranks_choose_the_same_channels_ahead():
+    for sync in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        options = SYNC if sync else {}
+        ssp.convert(net.double(), 0.7, selection="ahead", remainder="coarse", **options)
+        model = DDP(net)
+        for step in range(6):
+            # One rank has nothing in one of the steps, and still takes part in its choice.
+            number = 0 if (sync, step, dist.get_rank()) == (True, 2, 1) else 2
+            seed = 2 * step + dist.get_rank()
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(number, 3, 8, 8, generator=generator, dtype=torch.float64)
+            model(x).square().sum().backward()
+        for layer in (net[0], net[2]):
+            scores = layer._ssprop_policy.rule.ahead
+            first, second = of_ranks(scores.mean)
+            assert torch.equal(first, second) == sync
+            assert scores.passes == 6
+
+
+@check
 def only_refreshes_of_directions_are_sent():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3).double()

@@ -75,7 +75,7 @@ def test_products_are_those_that_torch_counts(name, block, mask):
         usual = layer_flops(e, kind, k, mask)
     refreshed = layer_flops(e, kind._replace(refreshed=True), k, mask)
     interval = 20
-    mean = mean_flops(e, kind, k, mask, interval)
+    mean = mean_flops(e, kind, kind._replace(refreshed=True), k, mask, interval)
     assert mean.backward == usual.backward + (refreshed.backward - usual.backward) // interval
 
 

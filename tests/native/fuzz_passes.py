@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import fuzz_reference
 import torch
 
-from ssprop_patch.core.coarse import Cells
+from ssprop_patch.core import two_resolutions as plain
+from ssprop_patch.core.ahead import KeptSet
+from ssprop_patch.core.cells import Cells
 from ssprop_patch.ops import channel_ops, native
-from ssprop_patch.ops.coarse_twin import FastCells
+from ssprop_patch.ops.coarse_cells import FastCells
+from ssprop_patch.ops.native import two_resolutions as two
 
 PASSES = (
     "sums",
@@ -21,6 +24,7 @@ PASSES = (
     "norm",
     "norm",
     "cells",
+    "two resolutions",
 )
 
 
@@ -76,14 +80,41 @@ def _cells(rng, normal, t, index):
     start = tuple(min(rng.choice((0, 0, -2, 1)), n - 1) for n in length)
     number = tuple(rng.randint(1, 3) for _ in length)
     start = tuple(max(a, 1 - n * s) for a, n, s in zip(start, number, size, strict=True))
-    cells, plain = FastCells(length, start, size, number), Cells(length, start, size, number)
+    cells, slow = FastCells(length, start, size, number), Cells(length, start, size, number)
     with torch.no_grad():
-        expected = plain.sums(t.double())
+        expected = slow.sums(t.double())
         fuzz_reference.assert_close(cells.sums(t), expected, "cells.sums")
         values = normal(*t.shape[:2], *number)
         if t.is_contiguous() or native.is_available(t):
             got = cells.add_spread(t.clone(), values)
-            fuzz_reference.assert_close(got, t.double() + plain.spread(values.double()), "add")
+            fuzz_reference.assert_close(got, t.double() + slow.spread(values.double()), "add")
+
+
+def _two_resolutions(rng, normal, t, index):
+    """A gradient of two resolutions through a ReLU and a batch norm, against their plain forms."""
+    if not 3 <= t.dim() <= 4 or not t.numel() or not native.is_available(t):
+        return
+    cells = Cells.blocks(tuple(t.shape[2:]), rng.choice((2, 3, 4)))
+    which, relu = KeptSet(index, t.shape[1]), rng.random() < 0.5
+    gradient = normal(*t.shape)
+    g = plain.TwoResolutions(gradient[:, index], cells.sums(gradient), which, cells)
+    wide = g._replace(kept=g.kept.double(), sums=g.sums.double())
+    out = torch.empty_like(t).copy_(normal(*t.shape))
+    mean, invstd, weight = normal(t.shape[1]), normal(t.shape[1]), normal(t.shape[1])
+    with torch.no_grad():
+        sums, counts = two.positive_cells(out, cells)
+        fuzz_reference.assert_close(sums, cells.sums(out.double()), "positive_cells")
+        fuzz_reference.assert_close(counts, cells.sums((out > 0).double()), "counts")
+        known = rng.choice((None, counts))
+        if relu:
+            wide = plain.pointwise(wide, (out > 0).double())
+            for got, expected in zip(two.two_relu(g, out, known), wide[:2], strict=True):
+                fuzz_reference.assert_close(got, expected, "two_relu")
+        args = (mean.double(), invstd.double())
+        dx, dw, db = plain.batch_norm(wide, t.double(), weight.double(), *args)
+        found = two.two_norm(g, t, weight, mean, invstd, *((out, known) if relu else ()))
+        for got, expected in zip(found, (*dx[:2], dw, db), strict=True):
+            fuzz_reference.assert_close(got, expected, "two_norm")
 
 
 def _groups(rng, channels):
@@ -208,4 +239,5 @@ _RUN = {
     "rows": _rows,
     "norm": _norm,
     "cells": _cells,
+    "two resolutions": _two_resolutions,
 }

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from ssprop_patch.core.coarse import Cells
+from ssprop_patch.core.cells import Cells
 from ssprop_patch.ops import native
-from ssprop_patch.ops.coarse_twin import FastCells
+from ssprop_patch.ops.coarse_cells import FastCells
 from ssprop_patch.ops.native.cells import add_cells, sum_cells
 
 pytestmark = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from native_checks import SHAPES, assert_close, each_case, lying, needs_compiler, random
 
-from ssprop_patch.core.coarse import Cells
+from ssprop_patch.core.cells import Cells
 from ssprop_patch.ops import native
 
 

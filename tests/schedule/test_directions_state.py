@@ -109,7 +109,7 @@ def narrow(layers):
 
 
 WRONG = {
-    "a layer less": (lambda layers: layers.pop("up"), "directions of 4 layers.*'up'"),
+    "a layer less": (lambda layers: layers.pop("up"), "what 4 layers remember.*'up'"),
     "a layer more": (lambda layers: layers.update(more=layers["up"]), "'more' is in the state"),
     "another name": (lambda layers: layers.update(up2=layers.pop("up")), "'up"),
     "other shapes": (widen, r"stem: .*another layer.*17, 17.*Conv2d\(3, 16"),
@@ -159,9 +159,9 @@ def test_a_state_of_another_selection():
     plain = ssp.convert(make(), 0.7, types=TYPES)
     states = [ssp.get_controller(m).state_dict() for m in (model, plain)]
     assert "layers" not in states[1]
-    with pytest.raises(ValueError, match="directions of 5 layers, this model keeps those of 0"):
+    with pytest.raises(ValueError, match="what 5 layers remember, in this model 0 do"):
         ssp.get_controller(plain).load_state_dict(states[0])
-    with pytest.raises(ValueError, match="directions of 0 layers, this model keeps those of 5"):
+    with pytest.raises(ValueError, match="what 0 layers remember, in this model 5 do"):
         ssp.get_controller(model).load_state_dict(states[1])
 
 

@@ -29,7 +29,7 @@ from ..._torch_compat import (
     tree_map_only,
     version,
 )
-from ...core.coarse import Cells
+from ...core.cells import Cells
 from .. import channel_ops
 
 aten = torch.ops.aten

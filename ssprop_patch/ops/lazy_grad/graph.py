@@ -27,7 +27,7 @@ from ..._torch_compat import (
     sequence_number,
     will_engine_execute_node,
 )
-from ...core.coarse import Cells
+from ...core.cells import Cells
 from ...core.selection import ScoreFn
 from ..channel_scores import lazy_order
 from .gradients import NormInput, ReLUGradient, ReLUInput

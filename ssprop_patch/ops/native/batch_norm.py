@@ -22,7 +22,7 @@ from .tensors import (
 )
 
 if TYPE_CHECKING:
-    from ...core.coarse import Cells
+    from ...core.cells import Cells
 
 #: The numbers of ``BLOCK`` in csrc/common.h.
 _BLOCK = 2048
@@ -100,8 +100,8 @@ def _norm_sums(
         else:
             room = threads * max(_BLOCK, shape.size[0] * shape.length[1])
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
-    weight = None if weight is None else _vector(weight, x)
-    mean, invstd = _vector(mean, x), _vector(invstd, x)
+    weight = None if weight is None else vector(weight, x)
+    mean, invstd = vector(mean, x), vector(invstd, x)
     sums = x.new_empty(3, c)
     work = doubles(x, threads * 3 * c) if last else None
     lines = x.new_empty(room) if last or cells is not None else None
@@ -151,9 +151,9 @@ def norm_input_grad(
     k = index.shape[0]
     dz, relu, relu_out = _behind_relu(dz, relu_out, x)
     index = as_index(index, k)
-    weight = None if weight is None else _vector(weight, x)
-    mean, invstd = _vector(mean, x), _vector(invstd, x)
-    sum_dz, sum_dz_xhat = _vector(sum_dz, x), _vector(sum_dz_xhat, x)
+    weight = None if weight is None else vector(weight, x)
+    mean, invstd = vector(mean, x), vector(invstd, x)
+    sum_dz, sum_dz_xhat = vector(sum_dz, x), vector(sum_dz_xhat, x)
     threads = threads_for(x)
     out, lines = empty_of_channels(x, k), x.new_empty((3 + threads) * x.shape[1])
     check(
@@ -179,7 +179,7 @@ def norm_input_grad(
     return out
 
 
-def _vector(v: Tensor, x: Tensor) -> Tensor:
+def vector(v: Tensor, x: Tensor) -> Tensor:
     """Return a vector as C reads it, one number for each channel of ``x``."""
     if v.shape != x.shape[1:2]:
         raise RuntimeError(f"{tuple(v.shape)} for the channels of a batch norm of {x.shape[1]}")

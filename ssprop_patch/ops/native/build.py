@@ -58,6 +58,9 @@ _PASSES = {
     "put_taps": (_POINTER, _POINTER, *[_INT64] * 4, _INT, _POINTER, _POINTER, _INT),
     "rows_backward": (*[_POINTER] * 4, *[_INT64] * 4, *[_POINTER] * 3, _INT),
     "norm_sums": (*[_POINTER] * 6, *[_INT64] * 3, *[_INT] * 3, _CELLS, *[_POINTER] * 4, _INT),
+    "two_norm": (*[_POINTER] * 10, *[_INT64] * 3, _CELLS, _INT, _INT, *[_POINTER] * 6, _INT),
+    "positive_cells": (_POINTER, *[_INT64] * 2, _CELLS, _INT, *[_POINTER] * 3, _INT),
+    "two_relu": (*[_POINTER] * 6, *[_INT64] * 3, _CELLS, _INT, *[_POINTER] * 3, _INT),
     "norm_input_grad": (*[_POINTER] * 9, *[_INT64] * 4, _INT, _INT, _POINTER, _POINTER, _INT),
 }
 _CONV = {
@@ -66,9 +69,10 @@ _CONV = {
     "conv_db": (*[_POINTER] * 2, _SHAPE, _POINTER),
     "conv_backward": (*[_POINTER] * 3, _SHAPE, _INT, *[_INT64] * 2, *[_POINTER] * 4, _INT),
 }
+_FURTHER = ("cells.c", "taps.c", "rows.c", "two_resolutions.c", "two_side_by_side.c")
 # Files and functions. What those return that can fail, tensors.check understands.
 _LIBRARIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
-    "passes": (("channel_ops.c", "batch_norm.c", "cells.c", "taps.c", "rows.c"), _PASSES),
+    "passes": (("channel_ops.c", "batch_norm.c", *_FURTHER), _PASSES),
     "conv": (("conv.c", "conv_backward.c", "channel_ops.c", "rows.c"), _CONV),
 }
 

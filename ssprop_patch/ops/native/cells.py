@@ -13,7 +13,7 @@ from .cell_shape import CellShape
 from .tensors import library_for, pointer, threads_for
 
 if TYPE_CHECKING:
-    from ...core.coarse import Cells
+    from ...core.cells import Cells
 
 
 def sum_cells(t: Tensor, cells: Cells) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ssprop_patch as ssp
-from ssprop_patch.core.coarse import Cells
+from ssprop_patch.core.cells import Cells
 from ssprop_patch.core.selection import l1_scores, l2_scores
 from ssprop_patch.ops import channel_ops
 

@@ -69,6 +69,23 @@ int norm_input_grad(
     const T *sum_dz, const T *sum_dz_xhat, const int64_t *index,
     int64_t k, int64_t n, int64_t c, int64_t s, int last, int relu, T *dy, T *lines, int threads);
 
+/* --- two_resolutions.c ------------------------------------------------------------------------ */
+
+int two_norm(
+    const T *kept, const T *sums, const T *counts, const T *r, const T *x, const T *mean, const T *invstd,
+    const T *weight, const int64_t *index, const int64_t *place, int64_t k, int64_t n, int64_t c,
+    const CellShape *s, int last, int relu, T *dy, T *out, T *both, double *work, T *line, T *xs,
+    int threads);
+
+int two_relu(
+    const T *kept, const T *sums, const T *counts, const T *r, const int64_t *index,
+    const int64_t *place, int64_t k, int64_t n, int64_t c, const CellShape *s, int last, T *dy,
+    T *out, T *line, int threads);
+
+int positive_cells(
+    const T *x, int64_t n, int64_t c, const CellShape *s, int last, T *sums, T *counts, T *line,
+    int threads);
+
 /* --- cells.c ---------------------------------------------------------------------------------- */
 
 void sum_cells(const T *maps, const CellShape *s, T *out, T *work, int threads);
