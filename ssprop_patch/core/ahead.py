@@ -128,17 +128,17 @@ class Team:
 
     def __init__(self, members: Sequence[Scores]) -> None:
         self.members = list(members)
-        self._kept: dict[int, KeptSet] = {}
+        self._kept: dict[tuple[int, torch.device], KeptSet] = {}
 
     def kept(self, k: int, device: torch.device) -> KeptSet | None:
         """Return the ``k`` kept channels; None if nothing is known of them yet."""
-        found = self._kept.get(k)
-        if found is None or found.index.device != device:
+        found = self._kept.get((k, device))
+        if found is None:
             known = [m.mean for m in self.members if m.mean is not None]
             if not known or any(scores.shape != known[0].shape for scores in known):
                 return None
             total = torch.stack([scores.to(device) for scores in known]).sum(0)
-            found = self._kept[k] = KeptSet(topk_indices(total, k), total.shape[0])
+            found = self._kept[k, device] = KeptSet(topk_indices(total, k), total.shape[0])
         return found
 
     def forget(self) -> None:
