@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .ahead import KeptSet
 from .cells import Cells
 from .coarse import CoarseTwin
 from .geometry import ConvParams
-from .operations import OutputMask
+from .operations import Grads, OutputMask
 from .reference import dense_backward
 
 
@@ -138,9 +139,9 @@ def conv_backward(
     Args:
         g: The gradient of its output, with ``block``.
         x: Its input, (N, C_in, *in).
-        w: Its weight, (C_out, C_in, *kernel).
-        params: Geometry: not transposed, of one group.
-        inputs: The channels of ``x`` whose gradient is kept.
+        w: Its weight, (C_out, C_in / groups, *kernel).
+        params: Geometry: not transposed, of one group or depthwise (C_in groups of one channel).
+        inputs: The channels of ``x`` whose gradient is kept; of a depthwise one those of ``g``.
         block: As of :func:`reduce`.
         output_mask: Which of dX, dW and db are needed.
     """
@@ -148,7 +149,7 @@ def conv_backward(
     twin = CoarseTwin.of(g.kept, x, w, params, block)
     dx = dw = None
     if output_mask[0]:
-        from_kept = dense_backward(g.kept, x, w[index], params, (True, False, False))[0]
+        from_kept = _of_kept(g, x, w, params, (True, False, False))[0]
         rest = g.sums.index_fill(1, index, 0)
         from_others = twin.of_x.spread(_not_none(twin.backward(rest, x, w, True, False)[0]))
         coarse = _not_none(twin.backward(g.sums, x, w, True, False)[0])
@@ -158,10 +159,22 @@ def conv_backward(
         dx = with_sums_of_kept(TwoResolutions(kept, sums, inputs, cells))
     if output_mask[1]:
         dw = twin.spread_taps(_not_none(twin.backward(g.sums, x, w, False, True)[1]), w)
-        exact = dense_backward(g.kept, x, w[index], params, (False, True, False))[1]
+        exact = _of_kept(g, x, w, params, (False, True, False))[1]
         dw = dw.index_copy(0, index, _not_none(exact))
     db = g.sums.sum([0, *range(2, g.sums.dim())]) if output_mask[2] else None
     return dx, dw, db
+
+
+def _of_kept(
+    g: TwoResolutions, x: Tensor, w: Tensor, params: ConvParams, output_mask: OutputMask
+) -> Grads:
+    """Return the gradients of the kept channels alone: dX whole, dW of their rows."""
+    index = g.which.index
+    if params.groups == 1:
+        return dense_backward(g.kept, x, w[index], params, output_mask)
+    smaller = params.with_groups(g.which.k)
+    dx, dw, db = dense_backward(g.kept, x[:, index], w[index], smaller, output_mask)
+    return None if dx is None else torch.zeros_like(x).index_copy(1, index, dx), dw, db
 
 
 def with_sums_of_kept(g: TwoResolutions) -> TwoResolutions:

@@ -193,6 +193,9 @@ def summary(
                 for rate in rates(controller)
                 if kept_channels(each, _own_rate(mine and mine.override, rate), to) == k
             }
+        depthwise = len(call.weight_shape) > 2 and call.weight_shape[1] == 1 < call.channels
+        if depthwise and wanted != {k}:  # whose channels are those of its input
+            return 0
         return max(wanted, default=0)
 
     layers = []

@@ -65,12 +65,14 @@ def _two_resolutions(e: Extent, inputs: int, kept: int, output_mask: OutputMask)
     need_x, need_w, need_b = output_mask
     cost = e.blocks * e.channels * need_b
     if need_x:  # what is counted twice, what is spread, and sums of that
-        cost += 2 * e.y_positions * e.taps * kept * inputs
-        cost += 2 * e.blocks * (e.channels * e.inputs + kept * inputs)
-        cost += 2 * e.x_positions * inputs
+        between = kept if e.is_depthwise else kept * inputs
+        cost += 2 * e.y_positions * e.taps * between + 2 * e.blocks * e.channels * e.inputs
+        cost += 2 * e.blocks * between * (not e.is_depthwise)
+        cost += e.x_positions * inputs * (1 if e.is_depthwise else 2)
     if need_w:
         cost += 2 * e.y_positions * e.taps * kept * e.inputs
-        cost += 2 * e.blocks * (e.channels - kept) * e.inputs + e.x_positions * e.inputs
+        cost += 2 * e.blocks * (e.channels - kept) * e.inputs
+        cost += e.x_positions * e.inputs * e.groups
     return cost
 
 

@@ -60,7 +60,7 @@ def begin_call(
 
     Args:
         x, w, y: Input, weight and output.
-        p: Geometry, of one group and not transposed.
+        p: Geometry, of one group or depthwise, and not transposed.
         k: Kept channels.
         rule: Of a layer whose channels are chosen ahead.
         convolution: The class of the nodes of sparse convolutions.
@@ -74,22 +74,31 @@ def begin_call(
     if scores is None or kind_of(rule, extent, k).selected != "channels":
         return None
     kept = scores.begin(k, y.device)
-    return Call(scores, kept, *_inputs(x, convolution), tuple(y.shape))
+    # The channels of a depthwise layer are those of its input.
+    same = (scores, kept) if p.groups > 1 else None
+    return Call(scores, kept, *_inputs(x, convolution, same), tuple(y.shape))
 
 
-def _inputs(x: Tensor, convolution: type) -> tuple[KeptSet | None, tuple[Any, ...]]:
+def _inputs(
+    x: Tensor, convolution: type, same: tuple[Scores, KeptSet | None] | None
+) -> tuple[KeptSet | None, tuple[Any, ...]]:
     """Return what the layers before will read of the gradient of ``x``, and their nodes.
 
-    Those that meet in it, and do not know it yet, are a team from now on.
+    Those that meet in it, and do not know it yet, are a team from now on, with ``same``, whose
+    channels have to be the same ones.
     """
     nodes = producers(x.grad_fn, lambda node: type(node) is convolution) or ()
     found = [getattr(node, "ahead", None) for node in nodes]
     calls = [call for call in found if call is not None and call.shape[:2] == x.shape[:2]]
     if not calls or len(calls) < len(found):
         return None, ()
-    make_team([call.scores for call in calls])
-    first = calls[0].kept
-    if first is None or any(call.kept is not first for call in calls):
+    members, sets = [call.scores for call in calls], [call.kept for call in calls]
+    if same is not None:
+        members.append(same[0])
+        sets.append(same[1])
+    make_team(members)
+    first = sets[0]
+    if first is None or any(other is not first for other in sets):
         return None, ()
     return first, tuple(nodes)
 
@@ -196,11 +205,20 @@ def _dx(
     twin: FastTwin,
     block: int,
 ) -> TwoResolutions:
-    smaller = w.index_select(0, kept.index).index_select(1, inputs.index)
+    cells = FastCells.blocks(tuple(x.shape[2:]), block)
+    smaller, params = w.index_select(0, kept.index), p
+    if p.groups > 1:
+        params = p.with_groups(kept.k)
+    else:
+        smaller = smaller.index_select(1, inputs.index)
     # Of the input only shape and format are read.
-    channels = AllChannels(of_kept, empty_of_channels(x, inputs.k), smaller, p)
+    channels = AllChannels(of_kept, empty_of_channels(x, inputs.k), smaller, params)
     fine = autotune.choose(channels, True, False).run(channels, (True, False, False))[0]
     assert fine is not None
+    if p.groups > 1:  # no channel sends anything to another
+        coarse = twin.backward(pooled, x, w, True, False)[0]
+        assert coarse is not None
+        return TwoResolutions(fine, twin.of_x.sums_over(coarse, cells), inputs, cells)
     rows, matrix = channel_rows(pooled), twin.sum_of_taps(w)
     of_all = rows @ matrix
     # What kept channels send to kept ones is in `fine` already.
@@ -209,7 +227,6 @@ def _dx(
         rows.index_select(1, kept.index), between, alpha=-1
     )
     fine = twin.of_x.add_spread(fine, twin.as_cells(of_others, pooled))
-    cells = FastCells.blocks(tuple(x.shape[2:]), block)
     sums = twin.of_x.sums_over(twin.as_cells(of_all, pooled), cells)
     return TwoResolutions(fine, sums, inputs, cells)
 

@@ -88,4 +88,6 @@ def why_not_ahead(module: nn.Module) -> str:
         return "transposed"
     if weight_shape(module) is None:
         return "its weight may have another shape in each call"
-    return "" if getattr(module, "groups", 1) == 1 else "it has groups"
+    groups = getattr(module, "groups", 1)
+    depthwise = groups == module.in_channels == module.out_channels
+    return "" if groups == 1 or depthwise else "it has groups"

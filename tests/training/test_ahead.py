@@ -446,9 +446,66 @@ def test_bad_settings(settings, error):
 
 
 def test_the_plan_says_which_layers_are_chosen_ahead():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2)
+    )
     rows = ssp.plan(model, selection="ahead", remainder="coarse").rows
-    assert ["chosen ahead" in str(row) for row in rows] == [True, False, True]
+    assert ["chosen ahead" in str(row) for row in rows] == [True, True, False]
+
+
+def test_a_depthwise_layer_keeps_the_channels_of_its_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU6(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU6(),
+        nn.Conv2d(12, 8, 1),
+    ).double()
+    ssp.convert(model, 0.7, selection=ssp.Ahead(100), remainder="coarse")
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for _ in range(5):
+        model.zero_grad()
+        model(x).square().sum().backward()
+    team = scores_of(model[0]).team
+    assert scores_of(model[3]).team is team and len(team.members) == 2
+    out = model[:6](x)
+    kept = scores_of(model[6]).team.kept(2, x.device), team.kept(4, x.device)
+
+    def call(module, inputs):
+        params = ConvParams(module.stride, module.padding, module.dilation, module.groups)
+        return module.weight, params, inputs
+
+    # Said with whole tensors, from the last layer down.
+    g = plain.reduce(2 * model[6](out), kept[0], BLOCK)
+    maps = [x]
+    for module in model[:6]:
+        maps.append(module(maps[-1]).detach())
+    for number in range(6, -1, -1):
+        module, inner = model[number], maps[number]
+        if isinstance(module, nn.Conv2d):
+            weight, params, _ = call(module, inner)
+            if number == 0:
+                _, dw, _ = whole_backward(
+                    g.whole(),
+                    inner,
+                    weight,
+                    params,
+                    (False, True, False),
+                    kept=kept[1].index,
+                    block=BLOCK,
+                )
+            else:
+                g, dw, _ = plain.conv_backward(g, inner, weight, params, kept[1], BLOCK)
+            torch.testing.assert_close(module.weight.grad, dw)
+        elif isinstance(module, nn.ReLU6):
+            g = plain.pointwise(g, ((inner > 0) & (inner < 6)).double())
+        else:
+            mean, invstd = inner.mean((0, 2, 3)), None
+            invstd = (inner.var((0, 2, 3), correction=0) + module.eps).rsqrt()
+            g, _, _ = plain.batch_norm(g, inner, module.weight, mean, invstd)
 
 
 def test_functions_do_not_choose_ahead():
