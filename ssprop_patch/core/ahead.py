@@ -90,11 +90,18 @@ class Scores:
         self.mean: Tensor | None = None
         self.team = Team([self])
 
-    def begin(self, k: int, device: torch.device) -> KeptSet | None:
-        """Take note of a forward pass; return its ``k`` kept channels, None if it looks."""
+    def begin(self, k: int, channels: int, device: torch.device) -> KeptSet | None:
+        """Take note of a forward pass; return its kept channels, None if it looks.
+
+        Args:
+            k: How many are kept.
+            channels: Of how many. Of another number (a layer was pruned) it begins anew.
+            device: Where.
+        """
         looks = self.settings.looks_at(self.passes)
         self.passes += 1
-        return None if looks else self.team.kept(k, device)
+        kept = None if looks else self.team.kept(k, device)
+        return kept if kept is not None and kept.channels == channels else None
 
     def observe(self, scores: Tensor) -> None:
         """Take in the scores of a whole gradient, (C,); those that are not finite, or zero, not."""

@@ -73,7 +73,7 @@ def begin_call(
     extent = Extent.of(*sizes, p.groups, p.transposed, rule.block)
     if scores is None or kind_of(rule, extent, k).selected != "channels":
         return None
-    kept = scores.begin(k, y.device)
+    kept = scores.begin(k, y.shape[1], y.device)
     # The channels of a depthwise layer are those of its input.
     same = (scores, kept) if p.groups > 1 else None
     return Call(scores, kept, *_inputs(x, convolution, same), tuple(y.shape))
@@ -118,7 +118,7 @@ def ahead_backward(
     Args:
         dy: Gradient of the output, (N, C_out, *out).
         x: Input, (N, C_in, *in).
-        w: Weight, (C_out, C_in, *kernel).
+        w: Weight, (C_out, C_in / groups, *kernel).
         p: Geometry.
         rule: Of the layer.
         call: What its forward decided, with kept channels.

@@ -151,6 +151,18 @@ def test_the_sum_with_an_ordinary_gradient_has_two_resolutions():
         total = torch.add(*pair[::-1] if swap else pair)
         assert isinstance(total, TwoResolutionGradient)
         assert_same(total.parts(), expected, torch.float64)
+        # But who looks at it sees all of both.
+        torch.testing.assert_close(total * 1, g.whole() + ordinary)
+
+
+@pytest.mark.parametrize("alpha", [1, 2, -0.5])
+def test_a_sum_with_a_factor(alpha):
+    g = a_gradient((5, 7), torch.float64, False)
+    ordinary = torch.randn(3, 19, 5, 7, dtype=torch.float64)
+    for other in (ordinary, TwoResolutionGradient(ordinary, g, 4)):
+        found = torch.add(TwoResolutionGradient(ordinary, g, 4), other, alpha=alpha)
+        expected = g.whole() + alpha * (ordinary if other is ordinary else g.whole())
+        torch.testing.assert_close(found * 1, expected)
 
 
 def test_what_was_changed_in_place_stays_changed():

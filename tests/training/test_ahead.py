@@ -221,6 +221,24 @@ def test_a_layer_that_knows_nothing_looks():
     assert scores.mean is not None
 
 
+def test_a_layer_that_was_pruned_begins_anew():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 3)).double()
+    converted(model, look_interval=100)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(5):
+        model(x).sum().backward()
+    first, last = model[0], model[2]
+    first.weight = nn.Parameter(first.weight.detach()[:5].clone())
+    first.bias = nn.Parameter(first.bias.detach()[:5].clone())
+    last.weight = nn.Parameter(last.weight.detach()[:, :5].clone())
+    first.out_channels = last.in_channels = 5
+    for _ in range(2):
+        model(x).sum().backward()
+    assert scores_of(first).mean.shape == (5,)
+    assert first.weight.grad.shape == first.weight.shape
+
+
 # --- state --------------------------------------------------------------------------------------
 
 

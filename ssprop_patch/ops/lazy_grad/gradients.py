@@ -83,7 +83,7 @@ class LazyGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # Tensor's is a function of C's
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for arg in args[:2]:
+        for arg in () if kwargs else args[:2]:  # nodes of autograd pass none, such as alpha
             if isinstance(arg, LazyGradient):
                 out = arg._pass_on(func, args)
                 if out is not NotImplemented:

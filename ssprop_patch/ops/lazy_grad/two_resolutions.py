@@ -202,6 +202,28 @@ class ReLUResult(TwoResolutionGradient):
         return _norm(self._of_out, x, weight, mean, invstd, self.block, self._out, self._counts)
 
 
+class MixedSum(TwoResolutionGradient):
+    """The sum with an ordinary gradient, of two resolutions for the layers before.
+
+    Whoever reads it gets the sum with all of the ordinary one: a hook may add what it likes.
+
+    Args:
+        two: The one.
+        parts: The sum, with what is left of the other.
+        other: The other.
+    """
+
+    def __init__(self, two: TwoResolutionGradient, parts: TwoResolutions, other: Tensor) -> None:
+        super().__init__(two, parts, two.block, two.positive, two.is_exact)
+        self._terms = two, other
+        self._made_from(other)
+
+    @torch.no_grad()
+    def _form(self) -> Tensor:
+        two, other = self._terms
+        return two.form() + other
+
+
 def _relu(g: TwoResolutions, out: Tensor, counts: Tensor | None) -> TwoResolutions:
     if channel_ops.are_for_c(out) and can_take(g, out):
         done = two_relu(g, out, counts)
@@ -233,7 +255,7 @@ def _norm(
 
 
 def _sum(a: Any, b: Any) -> Any:
-    """Return the sum of two gradients, of two resolutions if one is: the other is made so."""
+    """Return the sum of two gradients, one of two resolutions; NotImplemented if it has none."""
     two, other = (a, b) if isinstance(a, TwoResolutionGradient) else (b, a)
     mine = two.parts() if isinstance(two, TwoResolutionGradient) else None
     if mine is None or not _is_like(other, two) or other.dtype is not two.dtype:
@@ -247,6 +269,7 @@ def _sum(a: Any, b: Any) -> Any:
     elif type(other) is Tensor:
         kept, cells = channel_ops.take_channels(other, mine.which.index), FastCells(*mine.cells)
         theirs = mine._replace(kept=kept, sums=cells.sums(other))
+        return MixedSum(two, plain.add(mine, theirs), other)
     else:
         return NotImplemented
     return TwoResolutionGradient(two, plain.add(mine, theirs), two.block, positive, is_exact)
